@@ -1,4 +1,4 @@
-"""Texts for people: configs, numbers, sequence lengths."""
+"""Configs, numbers and sequence lengths as text for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from parallax_gen.ops.base import KernelConfig, config_to_dict
-from parallax_gen.problem.shapes import LARGEST, Bucket, Shape
+from parallax_gen.problem.shapes import LARGEST_SIZE, Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate, rate_unit
 
@@ -41,7 +41,7 @@ _SHORT_VALUES: dict[object, str] = {
 LEGEND = (
     "config: M, N, H = BLOCK_M, BLOCK_N, BLOCK_H; G = GROUP_HEADS; S = NUM_SPLITS; w, s = num_warps, num_stages;\n"
     "r = maxnreg; words are values of other knobs: chunk = chunked, fixed = fixed_reference, premask = before_exp;\n"
-    "seqlen: queries x keys, or only keys if both are equal or there is one query; W is the window"
+    "rows: batch x kv_heads; seqlen: queries x keys, or only keys if both are equal or there is one query; W: window"
 )
 
 
@@ -95,7 +95,7 @@ _RUN = rf"(?:{_NUMBER}x)?{_NUMBER}"
 _RUNS = re.compile(rf"{_RUN}(?:,{_RUN})*")
 
 
-def lengths(bucket: Bucket | Shape) -> str:
+def seqlen_text(bucket: Bucket | Shape) -> str:
     """The sequence lengths and window of a bucket or shape. One length if both are equal or there is a single query."""
     one_length = bucket.seqlen_q in (1, bucket.seqlen_kv)
     text = str(bucket.seqlen_kv) if one_length else f"{bucket.seqlen_q}x{bucket.seqlen_kv}"
@@ -121,8 +121,8 @@ def lengths_to_text(lengths: Sequence[int]) -> str:
 def lengths_from_text(text: str) -> tuple[int, ...]:
     """The inverse of `lengths_to_text`. Raises ValueError on bad syntax, or too many sequences or keys for a batch."""
     runs = parse_runs(text) if text else ()
-    if sum(count for count, _ in runs) > MAX_SEQUENCES or any(keys > LARGEST for _, keys in runs):
-        raise ValueError(f"{text!r:.80}: more than {MAX_SEQUENCES} sequences, or {LARGEST} keys")
+    if sum(count for count, _ in runs) > MAX_SEQUENCES or any(keys > LARGEST_SIZE for _, keys in runs):
+        raise ValueError(f"{text!r:.80}: more than {MAX_SEQUENCES} sequences, or {LARGEST_SIZE} keys")
     return expand_runs(runs)
 
 

@@ -130,10 +130,10 @@ _DEVICE_TEXT = re.compile(
 _DRIVER_MEMORY_TEXT = re.compile(r"([\w.]+: )?(CUDA (driver )?error|Triton Error \[CUDA\]): out of memory")
 OUT_OF_MEMORY = re.compile(r"\bout of memory\b")
 
-# How a stored detail begins if it is an error of _TYPES: earlier versions stored `gist`, or a child's last line.
+# How a stored detail begins if it is an error of _TYPES: earlier versions stored its `gist`, or a child's last line.
 _STORED_TYPE = re.compile(rf"(exit status \d+: )?({'|'.join(_TYPE_NAMES)})\b")
 _STORED_SIGNAL = re.compile(r"exit status -(1|2|9|15): ")
-_SEARCHED_CHARS = 1000  # at each end of a row's detail: `gist` has two lines
+_SEARCHED_CHARS = 1000  # at each end of a stored detail: a `gist` has two lines
 
 CONTEXT_BYTES = 2**30  # card memory of a process that torch does not count: CUDA context, kernels, stacks
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -161,7 +161,7 @@ def machine_error(error: BaseException) -> MachineError | None:
 
 
 def machine_error_of_exit(status: int, last_line: str) -> MachineError | None:
-    """The machine's fault that ended a child, from its exit status and last line; None if its work may have ended it.
+    """The machine's fault that ended a child, by its exit status and last line; None if the child's work may have.
 
     Not for a child that this process killed.
     """

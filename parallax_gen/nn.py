@@ -170,12 +170,12 @@ def _normed(norm: nn.Module, heads: Tensor) -> Tensor:
 
 def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Each token's position in its sequence: (seqlen,), or (total,) if packed. Computed on the device."""
-    rows = torch.arange(x.shape[-2], device=x.device, dtype=torch.int32)
+    tokens = torch.arange(x.shape[-2], device=x.device, dtype=torch.int32)
     if cu_seqlens is None:
-        return rows
+        return tokens
     # A token's sequence ends at the first end after the token. Tokens after all ends belong to the last sequence.
-    sequence = torch.bucketize(rows, cu_seqlens[1:-1], right=True)
-    return rows - cu_seqlens[sequence]
+    sequence = torch.bucketize(tokens, cu_seqlens[1:-1], right=True)
+    return tokens - cu_seqlens[sequence]
 
 
 def _cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from parallax_gen.codegen.render import render
 from parallax_gen.describe import brief
 from parallax_gen.errors import ArgumentError, ConfigError
 from parallax_gen.memory.lines import from_line, read_file, to_line
-from parallax_gen.memory.old import FIELDS, VALUES, config_of_record
+from parallax_gen.memory.old import TODAYS_NAMES, TODAYS_VALUES, config_of_record
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import best, default_of, is_rendered, nearby_seeds, shipped_seeds
 from parallax_gen.memory.result import Result
@@ -115,11 +115,11 @@ def stored_config(config: KernelConfig) -> Json:
 
 
 def stored_name(name: str) -> str:
-    return next((old for old, new in FIELDS.items() if new == name), name)
+    return next((old for old, new in TODAYS_NAMES.items() if new == name), name)
 
 
 def stored_value(name: str, value: Json) -> Json:
-    return next((old for old, new in VALUES.get(name, {}).items() if new == value), value)
+    return next((old for old, new in TODAYS_VALUES.get(name, {}).items() if new == value), value)
 
 
 def changes(default: KernelConfig, config: KernelConfig) -> Json:

@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def our_kernels(op: str, spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory) -> str:
-    """`kernels 1a2b3c4d`, a hash of the sources that a call runs, which tuning may change. spec: see rows.Row."""
+    """A hash of the sources that a call runs, as `kernels 1a2b3c4d`: tuning may change them. spec: see rows.Row."""
     kernels = [(spec, shape)]
     if op == TRAINING:
         kernels = [(spec.for_op(kernel), sizes_for(kernel, shape, NO_FLAGS)) for kernel in STEP]

@@ -23,7 +23,8 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.workloads import TRAINING
 
 KV_GRADIENTS = ("dk", "dv")
-_SHARPER = 2.0  # times q of peaked rows: one key of 64k then has most of the weight at head_dim 64, too
+# The factor of q in peaked rows: then one key has most of the weight even among 65536 keys at head_dim 64.
+_PEAKED_Q_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Sample:
         sequences, heads = (tuple(sorted({0, count - 1})) for count in (shape.batch, shape.kv_heads))
         return cls(None if spec.varlen else sequences, heads)
 
-    def rows(self, shape: Shape) -> int:
+    def pairs(self, shape: Shape) -> int:
         """The number of (sequence, kv head) pairs that are compared."""
         sequences = shape.batch if self.sequences is None else len(self.sequences)
         return sequences * (shape.kv_heads if self.kv_heads is None else len(self.kv_heads))
@@ -92,11 +93,11 @@ def random_inputs_for_case(
 def peaked_inputs(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = ()) -> Inputs:
     """Fresh random inputs whose rows give most of their weight to one key that they see.
 
-    This is the first key, which sequences of all lengths have. Under a window it is each row's own, on the diagonal of
-    the shape: in a cache only sequences with all keys have such rows.
+    That is the first key, which sequences of all lengths have. Under a window it is each row's own key, on the diagonal
+    of the shape: in a cache only sequences with all keys have such rows.
     """
     inputs = random_inputs_for_case(op, spec, shape, device, lengths, "own key" if spec.window else "first key")
-    inputs.q *= _SHARPER
+    inputs.q *= _PEAKED_Q_FACTOR
     return inputs
 
 
@@ -107,7 +108,7 @@ class OracleCheck:
         """extent: "whole", "sample" or "none": see rows.Effort."""
         self._spec = spec
         self._sample = Sample.first_and_last(spec, shape) if extent == "sample" else Sample()
-        self.rows = 0 if extent == "none" else self._sample.rows(shape)
+        self.pairs = 0 if extent == "none" else self._sample.pairs(shape)  # that are compared
         self._expected: Expected = {}
         self._term_sizes: dict[str, float] = {}
         if extent == "none":

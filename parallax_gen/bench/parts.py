@@ -30,7 +30,7 @@ class Part:
 
 PARTS: dict[str, dict[str, Part]] = {
     "forward": {"forward": Part("fwd", ("forward",), ("out",), 1.0, 0.5)},
-    "decode": {"decode": Part("decode", ("decode",), ("out",), 1.0, 1.0)},  # counted in bytes: both read the same cache
+    "decode": {"decode": Part("decode", ("decode",), ("out",), 1.0, 1.0)},  # in bytes: softmax reads the same cache
     TRAINING: {
         "forward": Part("fwd", STEP[:1], ("out",), 1.0, 0.5),
         "backward": Part("bwd", STEP[1:], GRADIENTS, 2.0, 1.25),

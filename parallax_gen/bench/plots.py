@@ -17,8 +17,8 @@ from parallax_gen.problem.work import work_of_lengths
 if TYPE_CHECKING:
     from parallax_gen.tuning.search.recorded_sweep import Curve, Sweep
 
-# (kv rows, keys) -> time relative to ours
-Ratios = dict[tuple[int, int], float]
+# (batch * kv_heads, keys) -> time relative to ours
+RatioBySize = dict[tuple[int, int], float]
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -60,9 +60,9 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
         pyplot.close(figure)
 
 
-def ratios_of(rows: list[Row]) -> dict[str, Ratios]:
+def ratios_of(rows: list[Row]) -> dict[str, RatioBySize]:
     """Each baseline's time relative to ours by size; the smallest if several shapes share the size."""
-    by_baseline: dict[str, Ratios] = {}
+    by_baseline: dict[str, RatioBySize] = {}
     for row, ratio in times_ours(rows):
         if ratio is not None:
             size = row.shape.batch * row.shape.kv_heads, row.shape.seqlen_kv
@@ -71,11 +71,11 @@ def ratios_of(rows: list[Row]) -> dict[str, Ratios]:
     return by_baseline
 
 
-def _heat_map(ax: Any, name: str, by_size: Ratios) -> None:
+def _heat_map(ax: Any, name: str, by_size: RatioBySize) -> None:
     from matplotlib import colors
 
     heights, widths = (sorted({size[i] for size in by_size}) for i in (0, 1))
-    table = [[by_size.get((rows, keys), float("nan")) for keys in widths] for rows in heights]
+    table = [[by_size.get((pairs, keys), float("nan")) for keys in widths] for pairs in heights]
     colours = colors.TwoSlopeNorm(vmin=0.5, vcenter=1.0, vmax=2.0)  # a ratio of 1 is neither red nor green
     ax.imshow(table, cmap="RdYlGn", norm=colours, aspect="auto", origin="lower")
     for i, line in enumerate(table):
@@ -83,9 +83,9 @@ def _heat_map(ax: Any, name: str, by_size: Ratios) -> None:
             if not math.isnan(ratio):
                 ax.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=6)
     ax.set_xticks(range(len(widths)), [str(keys) for keys in widths], rotation=60, fontsize=7)
-    ax.set_yticks(range(len(heights)), [str(rows) for rows in heights], fontsize=7)
+    ax.set_yticks(range(len(heights)), [str(pairs) for pairs in heights], fontsize=7)
     ax.set_xlabel("keys")
-    ax.set_ylabel("sequences x kv heads")
+    ax.set_ylabel("batch x kv_heads")
     ax.set_title(f"{name}: time / ours", fontsize=9)
 
 

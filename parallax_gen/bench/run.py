@@ -146,7 +146,7 @@ def _compare(requested: list[Row], chosen: list[Baseline], effort: Effort) -> li
         prepared, relative_errors, note = _check(baseline, op, spec, inputs, oracle_check)
         if prepared is not None:
             runnable[baseline.name] = prepared
-        checked = 0 if prepared is None or baseline.softmax else oracle_check.rows
+        checked = 0 if prepared is None or baseline.softmax else oracle_check.pairs
         untimed += [
             replace(row, error=_error(PARTS[op][row.part], relative_errors), checked=checked, note=note) for row in rows
         ]
@@ -163,7 +163,7 @@ class _Checked(NamedTuple):
 
 
 def _check(baseline: Baseline, op: str, spec: KernelSpec, inputs: Inputs, oracle_check: OracleCheck) -> _Checked:
-    """Call a baseline and compare its results with the oracle's. Raises what is no failure of a baseline's own."""
+    """Call a baseline and compare its results with the oracle's. Raises errors that are not the baseline's failures."""
     try:
         prepared = baseline.prepare(op, spec, inputs)
         results = prepared.results()  # also for softmax, which has no error, to see whether it runs
@@ -178,7 +178,7 @@ def _check(baseline: Baseline, op: str, spec: KernelSpec, inputs: Inputs, oracle
 
 
 def _with_peaked_errors(rows: list[Row], chosen: list[Baseline], effort: Effort) -> list[Row]:
-    """The rows, those with an error of the output also with its error on peaked rows.
+    """The rows; those that have an error of the output also get its error on peaked rows.
 
     Gradients of peaked rows are not compared: they are small differences, as inexact in softmax attention. A baseline
     that fails, or memory that does not suffice, leaves the rows as they are.

@@ -19,7 +19,7 @@ Key = TypeVar("Key", bound=Hashable)
 Ratios = Iterable[tuple[Row, "float | None"]]
 
 
-class Errors(NamedTuple):
+class LargestErrors(NamedTuple):
     """The largest errors on the usual inputs and on peaked rows; None if none is known."""
 
     usual: float | None
@@ -52,14 +52,14 @@ def _last(rows: Iterable[Row]) -> dict[tuple[tuple[object, ...], str], Row]:
     return {(row.compared_at, row.baseline): row for row in rows}
 
 
-def largest_errors(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, Errors]:
+def largest_errors(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, LargestErrors]:
     """The largest errors over the rows with the same key, of keys with any. Of duplicate rows the last one counts."""
     by_key: dict[Key, list[Row]] = {}
     for row in _last(rows).values():
         if row.error is not None or row.peaked_error is not None:
             by_key.setdefault(key(row), []).append(row)
     return {
-        group: Errors(
+        group: LargestErrors(
             max((row.error for row in known if row.error is not None), default=None),
             max((row.peaked_error for row in known if row.peaked_error is not None), default=None),
         )

@@ -11,12 +11,12 @@ import click
 
 from parallax_gen.cli.options import complete_gpu, json_option
 from parallax_gen.cli.text import print_json, print_table
-from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
+from parallax_gen.describe import LEGEND, brief, gain_text, number, seqlen_text
 from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate, rate_unit
 
 if TYPE_CHECKING:
-    from parallax_gen.memory.descriptions import Listed, Origins
+    from parallax_gen.memory.descriptions import ListRow, Origins
 
 
 @click.command("list")
@@ -61,7 +61,7 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
         click.echo("there are no results yet: run parallax-gen tune; until then calls get default configs")
 
 
-def _print(rows: Iterable[Listed], origins: Origins) -> None:
+def _print(rows: Iterable[ListRow], origins: Origins) -> None:
     """Print one table per kernel, then the legend."""
     for (gpu, spec), group in groupby(rows, key=lambda row: (row.place.gpu, row.place.spec)):
         kernel_rows = list(group)
@@ -71,8 +71,7 @@ def _print(rows: Iterable[Listed], origins: Origins) -> None:
         print_table(columns, [_row(row, origins) for row in kernel_rows], right=numbers)
         click.echo()
     click.echo(LEGEND)
-    click.echo("rows: (sequence, kv head) pairs, batch times kv heads; us: time in microseconds;")
-    click.echo("gain: the default config's time divided by this time, if both were timed with the same Triton;")
+    click.echo("us: microseconds; gain: the default config's time divided by this, if both used the same Triton;")
     click.echo(
         "status: measured (by you), shipped (measured elsewhere), predicted (calls never use it), or how it failed;"
     )
@@ -81,17 +80,18 @@ def _print(rows: Iterable[Listed], origins: Origins) -> None:
     click.echo("parallax-gen explain says why calls get this config")
 
 
-def _row(row: Listed, origins: Origins) -> tuple[str, ...]:
+def _row(row: ListRow, origins: Origins) -> tuple[str, ...]:
     from parallax_gen.memory.descriptions import shape_of
 
     result, timing = row.result, ("-", "-")
     if result.time_us:
         timing = number(result.time_us), number(rate(result.place.spec, shape_of(result), result.time_us))
     bucket, config, status = row.place.bucket, brief(result.config), origins.status(result)
-    return str(bucket.kv_rows), lengths(bucket), *timing, gain_text(row.gain), config, status, row.evidence_with_mark
+    sizes = str(bucket.kv_rows), seqlen_text(bucket)
+    return *sizes, *timing, gain_text(row.gain), config, status, row.evidence_with_mark
 
 
-def _to_json(row: Listed, origins: Origins) -> dict[str, Any]:
+def _to_json(row: ListRow, origins: Origins) -> dict[str, Any]:
     return origins.to_json(row.result) | {
         "of_place": row.place.flat(),
         "counts_as": row.evidence,

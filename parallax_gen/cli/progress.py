@@ -75,7 +75,7 @@ class ProgressView:
 
     def end(self, progress: Progress) -> None:
         prefix = self._prefix(self._running.pop(progress.job))
-        outcomes = format_counts(progress.kinds) or "no config left to try"
+        outcomes = format_counts(progress.outcomes) or "no config left to try"
         if progress.other_workers:
             outcomes += f", and {progress.other_workers} by other workers"
         self._print(f"{prefix}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_text(progress)}")
@@ -92,7 +92,7 @@ class ProgressView:
         lines = []
         for running in list(self._running.values()):
             progress, prefix = running.progress, self._prefix(running)
-            outcomes = format_counts(progress.kinds) if progress else ""
+            outcomes = format_counts(progress.outcomes) if progress else ""
             done = progress.done if progress else 0
             lines += [
                 f"{prefix}trials {done}/{self._trials}  {outcomes}",

@@ -183,7 +183,7 @@ def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
         measurements = [r for r in records if r.place.gpu in GPUS and is_rendered(r, GPUS[r.place.gpu])]
     sets = comparable_times(measurements)
     with console(stderr=True).status(f"{len(sets)} sets of times"):
-        choices = [choice for measured in sets for choice in borrowed(measured, records)]
+        choices = [choice for times in sets for choice in borrowed(times, records)]
     summaries = summarise(choices)
     if as_json:
         print_json({"summaries": list(map(asdict, summaries)), "choices": list(map(_choice, choices))})
@@ -202,11 +202,11 @@ def _row(summary: Summary) -> tuple[str, ...]:
 
 
 def _choice(choice: Borrowed) -> dict[str, Any]:
-    measured = choice.comparable
+    times = choice.comparable
     return {
-        "place": measured.place.flat(),
-        "triton": measured.toolchain.triton,
-        "cuda": measured.toolchain.cuda,
+        "place": times.place.flat(),
+        "triton": times.toolchain.triton,
+        "cuda": times.toolchain.cuda,
         "left_out": choice.left_out,
         "choice": choice.choice,
         "config": config_to_dict(choice.config),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from parallax_gen.cli.text import print_table
-from parallax_gen.describe import lengths, number
+from parallax_gen.describe import number, seqlen_text
 from parallax_gen.errors import StoreError
 from parallax_gen.problem.spec import FAMILIES
 
@@ -73,7 +73,7 @@ def sweep(gpu: str | None, op: str | None, partial: int | None, plain: bool, fol
 
 def file_name(place: Place, toolchain: Toolchain) -> str:
     """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim, bucket, and a hash of everything else."""
-    sizes = f"{place.bucket.kv_rows}x{lengths(place.bucket).replace(' ', '-')}"
+    sizes = f"{place.bucket.kv_rows}x{seqlen_text(place.bucket).replace(' ', '-')}"
     digest = hashlib.sha256(f"{place.text} {toolchain.triton} {toolchain.cuda}".encode()).hexdigest()[:8]
     return f"{place.gpu}-{place.spec.family}-{place.spec.head_dim}-{sizes}-{digest}"
 

@@ -11,7 +11,7 @@ import click
 from parallax_gen.cli.devices import card_to_tune, devices_option
 from parallax_gen.cli.options import check_flags, flag_options, gpu_option, json_option, parse_head_dim, shape_option
 from parallax_gen.cli.text import console, print_json, print_table
-from parallax_gen.describe import LEGEND, brief, format_counts, lengths, number
+from parallax_gen.describe import LEGEND, brief, format_counts, number, seqlen_text
 from parallax_gen.errors import MachineError, MeasureError
 from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
@@ -204,7 +204,7 @@ def _print(done: list[Progress], path: Path) -> None:
     for spec, jobs in by_spec.items():
         click.echo(f"{jobs[0].job.gpu.name}: {spec}")
         unit = rate_unit(spec.op)
-        columns = ("kv rows", "seqlen", "time us", unit, "config", "trials", "failures")
+        columns = ("rows", "seqlen", "time us", unit, "config", "trials", "failures")
         print_table(columns, [_row(progress) for progress in jobs], right=(*columns[:4], "trials"))
         click.echo()
     click.echo(LEGEND)
@@ -219,11 +219,11 @@ def _row(progress: Progress) -> tuple[str, ...]:
     if best is not None and best.time_us is not None:
         result = number(best.time_us), number(rate(job.spec, shape_of(best), best.time_us)), brief(best.config)
     failures = format_counts(_failures(progress)) or "none"
-    return str(job.bucket.kv_rows), lengths(job.bucket), *result, str(progress.done), failures
+    return str(job.bucket.kv_rows), seqlen_text(job.bucket), *result, str(progress.done), failures
 
 
 def _failures(progress: Progress) -> dict[Outcome, int]:
-    return {outcome: count for outcome, count in progress.kinds.items() if outcome.failed}
+    return {outcome: count for outcome, count in progress.outcomes.items() if outcome.failed}
 
 
 def _to_json(done: list[Progress], gpu: Gpu, measured: bool, path: Path) -> dict[str, Any]:

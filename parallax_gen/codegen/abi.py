@@ -22,7 +22,8 @@ class Inputs:
     heads, head_dim) and (total_k, kv_heads, head_dim), with cu_seqlens. Paged: k, v (pages, page_size, kv_heads,
     head_dim), with page_table (batch, pages per sequence). Inputs that a kernel does not take are None or 0.
 
-    softcap  of capped scores, else 0
+    softcap
+            the cap of the scores; 0 for no cap
     do      the gradient of the output, like q
     row_stats
             dkdv, dqdr: the output of preprocess, see `empty_row_stats`
@@ -60,7 +61,7 @@ class Call:
     spec: KernelSpec
     inputs: Inputs
     written: dict[str, torch.Tensor]
-    scratch: tuple[torch.Tensor, ...]  # split-KV scratch, arrival counters: those that the config needs
+    scratch: tuple[torch.Tensor, ...]  # the split-KV scratch and the arrival counters, if the config needs them
 
     @property
     def out(self) -> torch.Tensor:

@@ -95,7 +95,7 @@ def compile_here(source: KernelSource, spec: KernelSpec, config: KernelConfig, s
     Needs a CUDA device. Triton caches the program, so the call need not compile again. Raises BuildError if the config
     does not compile or the device refuses the program, and MachineError if the machine is at fault.
     """
-    module = _import_file(write(source), alone=True)  # launching is disabled in this module: no call may share it
+    module = _import_file(write(source), alone=True)  # this module must not launch, so no call may use it
     launches: list[Launch] = []
     with watch_launches(module, launches.append, compile_only=True):
         try:
@@ -119,7 +119,7 @@ class _DriverWithoutDevice:
         return self.target
 
     def get_current_device(self) -> str:
-        return f"sm_{self.target.arch}, absent"  # keys Triton's caches, apart from devices that are present
+        return f"sm_{self.target.arch}, absent"  # a key of Triton's caches, unlike any present device's
 
     def get_current_stream(self, device: str) -> int:
         return 0

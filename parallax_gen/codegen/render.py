@@ -72,7 +72,7 @@ def _without_fingerprint(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tu
             spec=spec,
             op=op,
             config=config,
-            spec_text=_wrapped(_in_words_of_kernels(str(spec))),
+            spec_text=_wrapped(str(spec)),
             config_text=_wrapped(describe(config)),
             form=op.form(spec, config),
             kernels=op.signatures(spec, config),
@@ -96,11 +96,6 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # the output is Python, not HTML
     )
-
-
-def _in_words_of_kernels(spec_text: str) -> str:
-    """A spec's text, with what records call `ragged` and `many_queries` in the words of the kernels' comments."""
-    return spec_text.replace("ragged", "per-sequence lengths").replace("many queries", "multi-token queries")
 
 
 def _wrapped(text: str) -> str:

@@ -23,7 +23,7 @@ from parallax_gen.memory.ranking import RecordTable, default_of, is_valid, sibli
 from parallax_gen.memory.result import PROTOCOL, Result
 from parallax_gen.memory.sharing import places_served, records_to_share
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import Layout, config_to_json, op_of
+from parallax_gen.ops.base import OpKind, config_to_json, op_of
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import OPS, KernelSpec
@@ -88,7 +88,7 @@ def _rank_properties(gpu: Gpu | None) -> dict[str, str]:
     """The properties that must be equal on all ranks, by name."""
     card = GPUS["h100"]
     places = [
-        Place(card.name, spec, Bucket(8, 1 if op_of(spec).layout is Layout.CACHE else 1024, 1024)) for spec in SPECS
+        Place(card.name, spec, Bucket(8, 1 if op_of(spec).kind is OpKind.CACHE else 1024, 1024)) for spec in SPECS
     ]
     rendered = [render(place.spec, default_of(place, card), card).text_hash for place in places]
     templates = [path.read_text(encoding="utf-8") for path in sorted(data_dir("templates").rglob("*.j2"))]

@@ -33,7 +33,7 @@ from parallax_gen.problem.work import rate, rate_unit
 
 ANOTHER_KERNEL = "another kernel than today's"
 NOT_CHECKED = "not yet checked: a first call compiles it here, and drops it if it spills far more than the default"
-AS_HERE = "this Triton"  # also this ptxas, and today's kernel
+AS_HERE = "this Triton"  # and this ptxas, and today's kernel
 
 
 def open_memory() -> Memory:
@@ -42,7 +42,7 @@ def open_memory() -> Memory:
 
 
 class Origins:
-    """Distinguishes the user's own results from shipped ones."""
+    """Says of each result whether the user measured it or it was shipped."""
 
     def __init__(self, memory: Memory, gpu: str | None = None):
         self._own = frozenset(memory.store.all(gpu)) if memory.store else frozenset()
@@ -142,7 +142,7 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListRow:
     """One row of `parallax-gen list`: a result of a place, and how the place uses it.
 
     evidence  the evidence for the place's choice, if calls get this result; else why it is not used
@@ -167,21 +167,21 @@ class Listed:
         return gain(self.result, self.default)
 
 
-def choices_of_places(results: list[Result], memory: RecordSource) -> list[Listed]:
+def choices_of_places(results: list[Result], memory: RecordSource) -> list[ListRow]:
     """The result that calls get at each place; if they get the default, the place's best result, marked as not used."""
     rows = []
     for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
         choice, first = chosen(place, memory), next(group)
         record = choice.candidate.record
         if record is None:
-            rows.append(Listed(place, first, "not used" if first.measured else "never measured"))
+            rows.append(ListRow(place, first, "not used" if first.measured else "never measured"))
         else:
             default = comparable_default(record, default_of(place, card_of(place)), card_of(record.place), memory)
-            rows.append(Listed(place, record, evidence_text(choice.candidate), default, choice.checked))
+            rows.append(ListRow(place, record, evidence_text(choice.candidate), default, choice.checked))
     return rows
 
 
-def results_of_places(results: list[Result]) -> list[Listed]:
+def results_of_places(results: list[Result]) -> list[ListRow]:
     """All results of each place."""
     rows = []
     for place, place_results in groupby(results, key=lambda r: r.place):
@@ -192,7 +192,7 @@ def results_of_places(results: list[Result]) -> list[Listed]:
             differences = differences_from_here(result)
             used = result.measured and ANOTHER_KERNEL not in differences
             timed_default = comparable_default(result, default, card, defaults) if used else None
-            rows.append(Listed(place, result, ", ".join(differences) or AS_HERE, timed_default))
+            rows.append(ListRow(place, result, ", ".join(differences) or AS_HERE, timed_default))
     return rows
 
 

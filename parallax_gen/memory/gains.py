@@ -55,7 +55,7 @@ def comparisons(place: Place, gpu: Gpu, results: Iterable[Result]) -> list[Compa
         table = RecordTable(group)
         chosen = (
             best(place, gpu, table).record or group[0]
-        )  # the ranking may choose the default without its having been timed
+        )  # the ranking may choose the default though it was not timed
         pairs.append(Comparison(place, chosen, comparable_default(chosen, default, gpu, table)))
     return pairs
 

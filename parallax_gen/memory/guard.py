@@ -32,7 +32,7 @@ from parallax_gen.problem.hardware import Gpu
 MAX_EXTRA_SPILLS = 128
 MAX_CHECKED = 2  # borrowed kernels per place: each may take seconds to compile
 NOT_BORROWED = (Tier.MEASURED_HERE, Tier.DEFAULT)  # these need no check
-FORMAT = 1  # of the cached outcomes
+FORMAT = 1  # of the cache's files
 
 # The resources of a config's kernel as compiled here; None if unknown. Raises BuildError if it does not compile.
 CompiledResources = Callable[[KernelConfig], Resources | None]

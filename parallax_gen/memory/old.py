@@ -50,14 +50,14 @@ def spec_from(data: Mapping[str, Any]) -> KernelSpec:
 
 # -- Configs with the earlier names of fields and values.
 
-FIELDS = {
+TODAYS_NAMES = {
     "HEAD_GROUP": "GROUP_HEADS",
     "HEAD_DIM_AS": "HEAD_DIM_LAYOUT",
     "ROW_MAX": "SOFTMAX",
     "ROW_NUMBERS": "ROW_STATS",
 }
 # Today's name of a field -> the earlier names of its values -> today's.
-VALUES: dict[str, dict[object, str]] = {
+TODAYS_VALUES: dict[str, dict[object, str]] = {
     "HEAD_DIM_LAYOUT": {"whole": "native", "pieces": "chunked", "halves": "split"},
     "SOFTMAX": {"running": "online", "first": "fixed_reference"},
     "MASK": {"weights": "after_exp", "scores": "before_exp"},
@@ -69,10 +69,10 @@ def renamed(data: Mapping[str, Any]) -> dict[str, Any]:
     """A config's fields with today's names and values. Raises ConfigError if a field has both of its names."""
     fields: dict[str, Any] = {}
     for old, value in data.items():
-        name = FIELDS.get(old, old)
+        name = TODAYS_NAMES.get(old, old)
         if name in fields:
             raise ConfigError(f"a config has {name} twice: under an earlier name and under today's")
-        fields[name] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+        fields[name] = TODAYS_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
     return fields
 
 

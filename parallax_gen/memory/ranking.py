@@ -1,14 +1,14 @@
-"""The only ranker: it decides which config a call gets. Dispatch, tuner, export and reports all use it.
+"""Ranks records: decides which config a call gets. Nothing else does: dispatch, tuner, export and reports use it.
 
-Evidence is about a program: a record is usable if today's templates still render the kernel that was measured,
-whatever compiled it. Tiers, best first:
+Evidence is about a program: a record is usable if today's templates still render the kernel that was measured. Another
+Triton or ptxas may have compiled it. Tiers, best first:
 
 1. measured here: the same GPU, kernel and toolchain
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
 3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200; not for
    preprocess, whose speed depends on its own card's memory
-4. neighbour: the same kernel at a near bucket, nearest in keys before nearest in rows; only for decode of equal
-   lengths, where measurements (docs/borrowing.md) put it ahead of the default
+4. neighbour: the same kernel at a near bucket: first with other lengths, then with another kv_rows; only for
+   decode of equal lengths, where measurements (docs/borrowing.md) put it ahead of the default
 5. default: the heuristics
 
 Within a tier the same toolchain goes first, then the newest; times are compared only within one card and toolchain. The
@@ -119,7 +119,7 @@ def default_of(place: Place, gpu: Gpu) -> KernelConfig:
 
 
 def near_places(place: Place) -> Iterator[Place]:
-    """The same kernel at near buckets, the nearest first: in keys before in rows, the smaller before the larger."""
+    """The same kernel at near buckets: first with other lengths, then with another kv_rows; the smaller size first."""
     bucket = place.bucket
     lengths = ("seqlen_q", "seqlen_kv") if bucket.seqlen_q == bucket.seqlen_kv else ("seqlen_kv",)
     for names, minimum, factor in ((lengths, SHORTEST, 2), (lengths, SHORTEST, 4), (("kv_rows",), 1, 2)):
@@ -167,7 +167,7 @@ def _sibling_searches(place: Place, gpu: Gpu, memory: RecordSource, here: Toolch
 def _why_skipped(
     search: _SearchRecords, default: KernelConfig, sibling_searches: Iterable[_SearchRecords], gpu: Gpu
 ) -> str:
-    """Why a place skips the records of one of its searches though their kernels are rendered; "" if it uses them.
+    """Why a place skips the records of one of its searches, though their kernels are still rendered; "" if it does not.
 
     sibling_searches  the searches on sibling cards
     """
@@ -335,12 +335,12 @@ def _time(result: Result) -> float:
     return result.time_us or 0.0
 
 
-def nearest_buckets(bucket: Bucket, buckets: Iterable[Bucket], *, rows_first: bool = False) -> list[Bucket]:
-    """Other buckets, the nearest first, by the ratios of all sizes; with rows_first by kv_rows before the others."""
+def nearest_buckets(bucket: Bucket, buckets: Iterable[Bucket], *, kv_rows_first: bool = False) -> list[Bucket]:
+    """Other buckets, the nearest first, by the ratios of all sizes; with kv_rows_first by that of kv_rows first."""
 
     def distance(other: Bucket) -> tuple[float, float]:
         ratios = {n: abs(math.log2(max(size, 1) / max(getattr(bucket, n), 1))) for n, size in vars(other).items()}
-        return ratios.pop("kv_rows") if rows_first else 0.0, sum(ratios.values())
+        return ratios.pop("kv_rows") if kv_rows_first else 0.0, sum(ratios.values())
 
     return sorted(buckets, key=distance)
 
@@ -386,7 +386,7 @@ class RecordSource(Protocol):
 
 
 class RecordTable:
-    """Records in this process only: for processes that must all choose the same kernels."""
+    """Records held in memory, such as a subset of a Memory's, or those that several processes share."""
 
     def __init__(self, records: Iterable[Result]) -> None:
         self._records: dict[Place, list[Result]] = {}

@@ -1,4 +1,4 @@
-"""A result, checked like user input, and the rule that decides which of two results supersedes the other."""
+"""The result of a config, checked like user input, and the rule for which of two results supersedes the other."""
 
 from __future__ import annotations
 
@@ -208,12 +208,12 @@ class Result:
 
     @property
     def is_machine_fault(self) -> bool:
-        """Whether an earlier version stored a fault of the machine as the config's own. Such a row says nothing."""
+        """Whether an earlier version stored a fault of the machine as the config's failure. Such a row is ignored."""
         return self.outcome.may_be_machine_fault and is_stored_machine_error(self.detail)
 
     @property
     def informative(self) -> bool:
-        """Whether it says anything about its config: it was tried, and no fault of the machine ended the trial."""
+        """Whether the config was tried, and no fault of the machine ended the trial."""
         return self.outcome.tried and not self.is_machine_fault
 
     @property
@@ -271,10 +271,10 @@ def _evidence_from(data: Mapping[str, Any]) -> Evidence:
 def supersedes(new: Result, old: Result) -> bool:
     """Whether `new` replaces `old`, a row of the same identity.
 
-    Rows are compared first by how much they say. A fault of the machine (`is_machine_fault`) says nothing. A prediction
-    says little: it never replaces a result of a trial. An inconclusive outcome may be the machine's fault (a busy GPU),
-    so it never replaces a conclusive one: a bad rerun loses no measured time. Of rows that say equally much the newer
-    one wins, so that the same row remains whichever process writes last.
+    The more informative result wins. A fault of the machine (`is_machine_fault`) is the least informative, then comes a
+    prediction, then an inconclusive outcome, which may be the machine's fault (a busy GPU), and last a conclusive one.
+    So a bad rerun loses no measured time. Of two equally informative results the newer one wins: the same row remains,
+    whichever process writes last.
     """
 
     def weight(result: Result) -> tuple[int, datetime]:

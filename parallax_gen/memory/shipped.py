@@ -77,8 +77,8 @@ class Memory:
     """The user's own records, merged with the shipped ones.
 
     The result of a config that was tried here, whether it was fast, wrong or crashed, hides the shipped record of that
-    config. A prediction or a fault of the machine does not hide it: a measurement on another card of the same model
-    says more.
+    config. A prediction or a fault of the machine does not: a measurement on another card of the same model is more
+    informative.
     """
 
     def __init__(self, store: Store | None = None, folder: Path | None = None) -> None:

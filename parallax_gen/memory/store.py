@@ -90,7 +90,7 @@ class Store:
     def merge(self, results: Iterable[Result]) -> MergeCounts:
         """Store results from elsewhere in one transaction.
 
-        A result replaces the stored one of the same identity if it says more or is newer (see `supersedes`). Otherwise
+        A result replaces the stored one of the same identity if that does not supersede it (`supersedes`). Otherwise
         the stored one is kept, so merging the same results again changes nothing.
         """
         new = replaced = kept = 0

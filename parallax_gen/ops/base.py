@@ -21,7 +21,8 @@ from parallax_gen.problem.spec import PER_SEQUENCE_LENGTHS, QUERY_ROW_OPS, Kerne
 Value = int | str
 
 MAX_REGISTERS_PER_THREAD = 255
-LARGEST_BLOCK = 128  # rows or keys: offsets within a block are 32-bit, offsets from block to block 64-bit
+# The largest block, in rows or keys. Kernels compute offsets within a block in 32 bits, and offsets of blocks in 64.
+LARGEST_BLOCK = 128
 # dkdv and dqdr step over the output of preprocess. Each sequence's rows in it are padded to a multiple of this, so that
 # every block is whole and begins at an aligned address, as wide loads need.
 PADDED_TO = LARGEST_BLOCK
@@ -72,8 +73,8 @@ class Scratch:
     counters: int = 0
 
 
-class Layout(Enum):
-    """What a program of an op owns, which determines what bounds its time.
+class OpKind(Enum):
+    """The kinds of ops, by what one of their programs owns. That decides what bounds their time.
 
     TILES  a tile of query rows or keys: bound by matmuls
     ROWS   query rows: bound by memory
@@ -90,8 +91,8 @@ class CostHints:
     """An op's constants in the cost model.
 
     reached         the fraction of the tensor cores' peak that the best configs reach
-    spilled         bytes spilled for each register that a thread lacks
-    spill_bytes     the stack bytes per thread that double the time
+    spilled         how many bytes are spilled for each register that a thread lacks
+    spill_bytes     how many spilled bytes per thread double the time
     merge_bytes_us  bytes of partial states that one program loads per microsecond
     """
 
@@ -118,7 +119,7 @@ class Op(ABC, Generic[C]):
     config: type[C]
     knobs: ClassVar[tuple[Knob, ...]]
     template: ClassVar[str]
-    layout: ClassVar[Layout]
+    kind: ClassVar[OpKind]
     costs: ClassVar[CostHints]
     uses_sibling_records: ClassVar[bool] = True
     uses_near_records: ClassVar[bool] = False
@@ -238,7 +239,7 @@ class Op(ABC, Generic[C]):
         return f"_q{bucket.seqlen_q}_kv{bucket.seqlen_kv}"
 
     def instructions_factor(self, spec: KernelSpec, config: C) -> float:
-        """The factor of the rate for a config with fewer non-matmul instructions (the cost model's)."""
+        """For the cost model: the factor of the rate of a config with fewer non-matmul instructions."""
         return 1.0
 
 
@@ -250,7 +251,7 @@ def register(op: Op[Any]) -> None:
     """Each op's file calls this. A missing or misnamed knob fails at import, not during a tune."""
     assert [knob.name for knob in op.knobs] == [f.name for f in fields(op.config)], op.name
     assert op.per_sequence_lengths == (op.name in PER_SEQUENCE_LENGTHS), op.name
-    assert (op.layout is Layout.ROWS) == (op.name in QUERY_ROW_OPS), op.name
+    assert (op.kind is OpKind.ROWS) == (op.name in QUERY_ROW_OPS), op.name
     OPS_BY_NAME[op.name] = op
 
 

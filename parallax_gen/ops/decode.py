@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import MappingProxyType
 
-from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, CostHints, Knob, Layout, Op, Scratch, Value, register
+from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, CostHints, Knob, Op, OpKind, Scratch, Value, register
 from parallax_gen.ops.decode_form import DecodeConfig, DecodeForm
 from parallax_gen.ops.head_dim import width_of
 from parallax_gen.ops.signature import SOFTCAP_ABOUT, Argument, Signature, number, pointers, score_scales
@@ -28,7 +28,7 @@ class CacheOp(Op[DecodeConfig]):
         Knob("num_warps", (1, 2, 4, 8)),
         Knob("num_stages", (2, 3, 4, 5, 6)),
     )
-    layout = Layout.CACHE
+    kind = OpKind.CACHE
     launch_names = MappingProxyType({"k": "k_cache", "v": "v_cache"})
 
     # -- the space of configs

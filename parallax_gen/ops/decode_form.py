@@ -141,7 +141,7 @@ class CacheForm:
 
     @property
     def key_mask_name(self) -> str:
-        """The name of which keys of a block the program reads: all rows see these, unless they see different keys."""
+        """The name of the mask of the block's keys that some row sees: `visible` if all rows see the same keys."""
         return "mask_n" if self.masks_by_row else "visible"
 
     @property
@@ -198,7 +198,7 @@ class DecodeForm(CacheForm):
     def masks_rows(self) -> bool:
         """Whether the last tile of a group has more rows than query heads.
 
-        decode_varlen masks rows always: without, a register of its merge spills where a block of keys is a few pages.
+        decode_varlen always masks rows: without the mask its merge spills a register where a block is a few pages.
         """
         return self.spec.group % self.config.BLOCK_H > 0
 
@@ -206,7 +206,7 @@ class DecodeForm(CacheForm):
     def key_mask(self) -> str:
         """The mask argument that excludes the padding of keys and values.
 
-        A mask of keys would cost registers, and slow down some lengths.
+        Keys are not masked: that would cost registers, and some lengths would take longer.
         """
         return ", mask=mask_d[None, :], other=0.0" if self.padded else ""
 

@@ -11,7 +11,7 @@ from parallax_gen.ops.signature import LN_2, LOWEST_M, Constant, Padding
 
 
 @dataclass(frozen=True)
-class Queries:
+class QueryLayout:
     """The memory layout of a batch's queries, as expressions for kernels.
 
     indices           the indices in q of the query of each row of the stack, each with the letter of its stride
@@ -36,7 +36,7 @@ class Queries:
     shape: str
 
 
-SINGLE_QUERY = Queries(
+SINGLE_QUERY = QueryLayout(
     indices=(("seq64", "b"),),
     sequence_offset="seq64 * stride_ob",
     query_offset="",
@@ -48,7 +48,7 @@ SINGLE_QUERY = Queries(
     shape="batch, 1",
 )
 # The same number of queries in each sequence.
-MULTI_TOKEN_QUERIES = Queries(
+MULTI_TOKEN_QUERIES = QueryLayout(
     indices=(("seq64", "b"), ("offs_q_stack", "m")),
     sequence_offset="seq64 * stride_ob",
     query_offset="offs_q * stride_om + ",
@@ -60,7 +60,7 @@ MULTI_TOKEN_QUERIES = Queries(
     shape="batch, seqlen_q",
 )
 # Each sequence has its own number of queries.
-PACKED_QUERIES = Queries(
+PACKED_QUERIES = QueryLayout(
     indices=(("(seq_start_q + offs_q_stack)", "m"),),
     sequence_offset="seq_start_q * stride_om",
     query_offset="offs_q * stride_om + ",
@@ -106,7 +106,7 @@ class VarlenForm(CacheForm):
         return Padding(("o",), "m", "q", self.spec.stats, width, width != self.spec.head_dim)
 
     @property
-    def queries(self) -> Queries:
+    def queries(self) -> QueryLayout:
         """The memory layout of the queries."""
         if self.spec.varlen:
             return PACKED_QUERIES
@@ -169,7 +169,7 @@ class VarlenForm(CacheForm):
 
     @property
     def visible_begin(self) -> str:
-        """The name of the first key that some query of a sequence sees. Those of a tile may all begin later."""
+        """The name of the first key that some query of a sequence sees. A tile's own first key may come later."""
         return "seq_visible_begin" if self.masks_by_row and self.spec.window else "visible_begin"
 
     @property
@@ -196,7 +196,7 @@ class VarlenForm(CacheForm):
 
     @property
     def key_storage(self) -> str:
-        """What these strides lead through, from key to key."""
+        """What these strides step through: a page, or the cache."""
         return "page" if self.spec.page_size else "cache"
 
     # -- keys and values in 8 or 16 bits
@@ -213,7 +213,7 @@ class VarlenForm(CacheForm):
 
     @property
     def scale_arguments(self) -> str:
-        """What an 8-bit cache's `_attend_block` gets for `scale_parameters`: q·k's factor includes the keys' scale."""
+        """The arguments for `scale_parameters` with an 8-bit cache: the factor of q·k includes the keys' scale."""
         return f"k_{self.scale_parameters}"
 
     @property
@@ -261,12 +261,12 @@ class VarlenForm(CacheForm):
 
     @property
     def lengths_of_seq(self) -> dict[str, str]:
-        """What a program needs of what `_load_lengths` returns, and its names for them."""
+        """The results of `_load_lengths` that a program needs -> its names for them."""
         names = {"seqlen_kv": "seqlen_kv", "visible_begin": self.visible_begin, "num_blocks": "num_blocks"}
         return {**names, "seqlen_q": "seqlen_q"} if self.spec.many_queries else names
 
     def name_lengths(self, names: dict[str, str]) -> str:
-        """The names for what `_load_lengths` returns: _ for what has none in `names`."""
+        """The variables that the results of `_load_lengths` are assigned to: `_` for a result not in `names`."""
         returned = ("seqlen_kv", *["visible_begin"] * self.has_visible_begin, "seqlen_q", "num_blocks")
         return ", ".join(names.get(length, "_") for length in returned)
 

@@ -34,7 +34,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
     config = DkDvConfig
     knobs = (*TILE_KNOBS, MASK, Knob("ROW_STATS", ("separate", "fused")))
     template = "dkdv.py.j2"
-    # Row statistics lie along the columns of its tiles, which costs registers. It holds them and tiles of scores.
+    # Row statistics lie along the columns of tiles, which costs registers: a program holds them and tiles of scores.
     costs = CostHints(reached=0.5, spilled=3.0)
     owns_keys = True
     tiles = Tiles(
@@ -57,13 +57,13 @@ class DkDvOp(GradientOp[DkDvConfig]):
         return 3 * config.BLOCK_M * row_bytes(spec, config)
 
     def extra_shared_bytes(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
-        """On Blackwell `owned_rows` counts what matmuls keep in flight already."""
+        """On Blackwell `owned_rows` already counts what matmuls keep in flight."""
         if gpu.capability[0] == 10:
             return 2 * KIB  # one of them for row statistics
         return super().extra_shared_bytes(spec, config, gpu)
 
     def heads_in_l2(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
-        """Counts kv heads: their tiles share the query rows that they read."""
+        """The number of kv heads whose query rows fill half of L2: the tiles of a kv head all read them."""
         head_bytes = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
         return max(1, gpu.l2_bytes // 2 // head_bytes)
 
@@ -71,7 +71,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
         return replace(config, MASK="before_exp", ROW_STATS="fused")
 
     def fewer_instructions_pay(self, spec: KernelSpec, config: DkDvConfig) -> bool:
-        # Here registers suffice by a narrow margin.
+        # These tiles just fit in the registers.
         return spec.causal and config.BLOCK_N == 64 and config.HEAD_DIM_LAYOUT == "native"
 
     def instructions_factor(self, spec: KernelSpec, config: DkDvConfig) -> float:

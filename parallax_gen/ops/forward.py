@@ -32,7 +32,7 @@ class ForwardOp(TiledOp[ForwardConfig]):
     config = ForwardConfig
     knobs = (*TILE_KNOBS, Knob("SOFTMAX", ("online", "fixed_reference")))
     template = "forward.py.j2"
-    costs = CostHints(reached=0.6, spilled=0.4)  # it can compute s and t one after the other
+    costs = CostHints(reached=0.6, spilled=0.4)  # it needs few registers: it can compute s and t one after the other
     stats_in_error = False
     pads_wide = True
     fp32_shift = 20

@@ -11,8 +11,8 @@ from parallax_gen.ops.base import (
     CostHints,
     KernelConfig,
     Knob,
-    Layout,
     Op,
+    OpKind,
     register,
 )
 from parallax_gen.ops.head_dim import power_of_2, width_of
@@ -56,7 +56,7 @@ class PreprocessOp(Op[PreprocessConfig]):
     config = PreprocessConfig
     knobs = (Knob("BLOCK_M", (4, 8, 16, 32, 64, 128)), Knob("num_warps", (1, 2, 4, 8)))
     template = "preprocess.py.j2"
-    layout = Layout.ROWS
+    kind = OpKind.ROWS
     costs = CostHints()
     uses_sibling_records = False
 

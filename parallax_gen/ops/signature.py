@@ -63,27 +63,27 @@ class Index:
 
     @property
     def block(self) -> str:
-        """The number in a tile or block."""
+        """The constant with the size of a tile or block."""
         return f"BLOCK_{self.letter.upper()}"
 
     @property
     def start(self) -> str:
-        """The first of a tile or block."""
+        """The first index of a tile or block."""
         return f"start_{self.letter}"
 
     @property
     def range(self) -> str:
-        """Those of a tile or block, from 0."""
+        """The indices of a tile or block, counted from its first."""
         return f"range_{self.letter}"
 
     @property
     def offs(self) -> str:
-        """Those of a tile or block, within the sequence or the group of heads."""
+        """The indices of a tile or block, within the sequence or the group of heads."""
         return f"offs_{self.letter}"
 
     @property
     def mask(self) -> str:
-        """Which of these exist."""
+        """The mask of the indices that exist."""
         return f"mask_{self.letter}"
 
 
@@ -110,8 +110,8 @@ class Padding:
     """What a kernel on packed sequences writes to rows of no sequence. Only the device knows which rows those are.
 
     vectors    tensors of rows of head_dim elements, which are set to 0: the kernel's names for them
-    letter     of the row stride in their names: m or n
-    tensor     the input whose rows they are like: q or k
+    letter     m or n: names the row stride
+    tensor     the input with the same rows: q or k
     stats      whether v_mean, with the strides of o, and t_mean are set to 0 too, and lse to -inf
     row_width  the width of a row in a tile: the next power of two
     padded     whether that is more than head_dim

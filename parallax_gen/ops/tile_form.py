@@ -18,7 +18,7 @@ PRECISIONS = {"fp32": ', input_precision="ieee"', "tf32": ', input_precision="tf
 class Side(Index):
     """Query rows, or keys.
 
-    tensor  the input whose rows they are
+    tensor  the input that has them as rows
     length  the kernels' name for their number in a sequence
     """
 
@@ -292,8 +292,9 @@ class ForwardForm(TileForm):
 
         From one H200, with a fixed reference: small accumulators of four warps (head_dim 64, 64 rows) take 5 % less time
         if they are stacked, under Triton 3.6 and 3.9. Others take 1 % less as two, and 2 to 6 % less with zeros of
-        their own: from one zero for all, Triton 3.6 compiles loops that take 1.1 to 1.3 times as long. Where a tile has
-        fewer than 16 rows per warp, a stacked one is laid out otherwise, and p would move between warps.
+        their own: if all elements start from one zero, Triton 3.6 compiles loops that take 1.1 to 1.3 times as long.
+        Where a tile has fewer than 16 rows per warp, a stacked tile has another layout, for which p would move between
+        warps.
         """
         config = self.config
         registers = 2 * config.BLOCK_M * width_of(self.spec.head_dim, config.HEAD_DIM_LAYOUT) // (32 * config.num_warps)

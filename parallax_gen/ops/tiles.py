@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
-from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Knob, Layout, Op, Value
+from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Knob, Op, OpKind, Value
 from parallax_gen.ops.head_dim import Chunk, head_dim_layouts, other_half_of, this_half_of, width_of
 from parallax_gen.ops.signature import Argument, Signature, number, pointers, row_stats_strides, score_scales, strides
 from parallax_gen.problem.hardware import KIB, Gpu
@@ -77,7 +77,7 @@ class Tiles:
 
 
 # For a head_dim so wide, or a card so small, that no other tile fits.
-SMALLEST = ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
+SMALLEST_TILES = ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
 
 
 class TiledOp(Op[T]):
@@ -89,7 +89,7 @@ class TiledOp(Op[T]):
     fp32_shift  log2 of the fp32 tile size that a warp's registers hold: see `why_invalid`
     """
 
-    layout = Layout.TILES
+    kind = OpKind.TILES
     tiles: ClassVar[Tiles]
     owns_keys: ClassVar[bool] = False
     pads_wide: ClassVar[bool] = False
@@ -125,8 +125,7 @@ class TiledOp(Op[T]):
         ) < 16 * config.num_warps:
             # A warp needs 16 rows. With a wide head_dim two warps may share rows, each with half of the sums' columns.
             return f"{tile} is too small for {config.num_warps} warps"
-        # The two accumulators and at least two tiles of scores are in registers: above 255 registers per thread they
-        # spill.
+        # Two accumulators and at least two tiles of scores are in registers: above 255 registers per thread they spill.
         owned, streamed = self.owned_and_streamed(config)
         accumulators = 2 * owned * (head_dim // programs_per_tile(config) + streamed) // (32 * config.num_warps)
         if accumulators > MAX_REGISTERS_PER_THREAD and not (spec.dtype == "fp32" and owned == streamed == 16):
@@ -162,7 +161,7 @@ class TiledOp(Op[T]):
         return self.block_bytes(spec, config)
 
     def score_and_output_chunks(self, head_dim: int, head_dim_layout: str) -> tuple[list[Chunk], list[Chunk]]:
-        """All chunks twice, unless HEAD_DIM_LAYOUT is "split": then a program accumulates its half only.
+        """All chunks for both, unless HEAD_DIM_LAYOUT is "split": then a program accumulates its half only.
 
         The backward multiplies by the same tiles that scores are computed from, so its half is a chunk there too.
         """
@@ -191,7 +190,7 @@ class TiledOp(Op[T]):
         split_tiles = self.tiles.split if "split" in layouts and spec.bytes_per_element == 2 else ()
         configs = [
             *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in split_tiles),
-            *(self.config(m, n, group_heads, w, s, layout) for m, n, w, s in (*tiles, *SMALLEST)),
+            *(self.config(m, n, group_heads, w, s, layout) for m, n, w, s in (*tiles, *SMALLEST_TILES)),
         ]
         return [
             self.with_fewer_instructions(config) if self._has_fewer_by_default(spec, config, gpu) else config
@@ -229,7 +228,7 @@ class TiledOp(Op[T]):
         """Whether these configs were faster on an H100, in bf16 at head_dim 64, 96 and 128, without "split"."""
 
     def _has_fewer_by_default(self, spec: KernelSpec, config: T, gpu: Gpu) -> bool:
-        """Whether a default config is given fewer instructions: only where `fewer_instructions_pay` was measured."""
+        """Whether a default config has fewer instructions: only where `fewer_instructions_pay` was measured."""
         if gpu.capability[0] != 9 or spec.dtype != "bf16" or config.HEAD_DIM_LAYOUT == "split" or spec.head_dim > 128:
             return False
         return self.fewer_instructions_pay(spec, config)
@@ -244,7 +243,7 @@ class TiledOp(Op[T]):
 
     @property
     def heads(self) -> str:
-        """The kernel's name for the number of heads that tiles are owned of."""
+        """The kernel's name for the number of heads whose tiles programs own."""
         return "kv_heads" if self.owns_keys else "heads"
 
     def reverses_tiles(self, spec: KernelSpec) -> bool:

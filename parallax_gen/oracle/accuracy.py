@@ -71,11 +71,11 @@ def gradient_term_sizes(
 # size, and |t| is about 1. With only these roundings the error was 2.3e-3 to 2.6e-3 in bf16 and 2.8e-4 to 3.1e-4 in
 # fp16, on random_inputs of 64 to 8192 keys. In fp32 the errors come from sums and exponentials, 4.4e-7 here; the
 # tolerance allows other orders of summation and coarser exponentials, and still distinguishes fp32 from tf32 (2^-11).
-# tf32 has fp16's mantissa, and the inputs of every matmul lose bits too, which fp16's do not: twice fp16's error.
+# tf32 has fp16's mantissa, but the inputs of every matmul are rounded too, which fp16's are not: twice fp16's error.
 # Tensor cores truncate fp32 inputs to tf32 instead of rounding them, always towards 0, which doubles it again: the
 # tolerance of tf32 is four times fp16's. Measured on an H200: 3.24e-3, for a dq.
 _TOLERANCE = {"bf16": 1e-2, "fp16": 1.25e-3, "fp32": 2e-5, "tf32": 5e-3}
-# The tolerance of the worst row, as a multiple: |t| reaches 5 somewhere in a large batch. Measured: 1.04 times.
+# The tolerance of the worst row, as a multiple of `tolerance`: |t| reaches 5 in a large batch. Measured: 1.04.
 _WORST_ROW = 5
 
 

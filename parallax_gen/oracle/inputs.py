@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parallax_gen.codegen.abi import Inputs, cache_dtype, empty_row_stats, torch_dtype
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.base import PADDED_TO, Layout, op_of
+from parallax_gen.ops.base import PADDED_TO, OpKind, op_of
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.oracle.peaked import peaked
 from parallax_gen.oracle.reference import Reference, reference_forward, reference_varlen_forward
@@ -35,7 +35,7 @@ def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str, kin
     """
     if shape.group != spec.group:
         raise ArgumentError("shape", f"{shape.group} query heads per kv head", f"{spec.group}, as the spec has")
-    if op_of(spec).layout is Layout.CACHE and shape.seqlen_q != 1 and not spec.many_queries:
+    if op_of(spec).kind is OpKind.CACHE and shape.seqlen_q != 1 and not spec.many_queries:
         raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode without many_queries")
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -220,7 +220,7 @@ def _poison_padding(x: Tensor, cu_seqlens: Tensor) -> None:
 def attend(spec: KernelSpec, x: Inputs) -> Reference:
     """The forward of these inputs under the spec's mask, in float64."""
     options, tensors = oracle_options(spec, x), (x.q, x.r, x.k, x.v)
-    if op_of(spec).layout is Layout.CACHE:
+    if op_of(spec).kind is OpKind.CACHE:
         return reference_cached_forward(
             *tensors,
             cache_seqlens=x.cache_seqlens,

@@ -47,7 +47,7 @@ def partial_backward(
     With p = exp(s - lse), dp = do·v, dp_mean = do·v_mean and delta = do·out:  dt = p (dp_mean - dp) is the gradient of
     t, and ds = p (dp - delta) - (t_mean - t) dt that of s, which a softcap c multiplies by 1 - (s / c)^2. The gradients
     of q, r and k are products of ds and dt with q, r and k; dv is the sum of p (1 + t_mean - t) do. All scores are in
-    memory at once, which is meant for the sizes of tests.
+    memory at once: this function is for sizes as in tests.
     """
     heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     scale = scale_or_default(softmax_scale, head_dim)

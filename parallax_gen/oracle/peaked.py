@@ -13,9 +13,9 @@ from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
 
-# What the rows of each kind attend to: one key of the sequence (the first, or one at a tenth of it), each row's own
-# (on the diagonal), or two that are far apart. The last two kinds have two and six neighbouring keys that are nearly
-# equal, with different values.
+# What the rows of each kind attend to: one key of the sequence (the first, or the one at a tenth of its length), each
+# row's own key (on the diagonal), or two keys that are far apart. In the last two kinds rows attend to two and to six
+# neighbouring keys, which are nearly equal but have different values.
 KINDS = ("normal", "first key", "own key", "one key", "two keys", "twin keys", "six alike")
 
 FEWEST_KEYS = 16

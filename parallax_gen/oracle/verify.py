@@ -142,10 +142,10 @@ def of_sequences(x: Inputs, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
 def term_sizes(spec: KernelSpec, x: Inputs) -> Gradients:
     """`gradient_term_sizes` of the rows that belong to sequences: (rows, 1) for dq and dr, (1, 1) for dk and dv.
 
-    If queries see few keys, nearly all terms of a gradient cancel, and rounding errors remain: errors of the output in
-    delta = do·o, of up to |t| roundings, and errors of dp in tf32, which no other term shares. The largest rows have
-    |t| of 4 and do·v of 3 times its mean: an error of 12 times a gradient's natural size. A key's gradients sum the
-    errors of all its queries.
+    If queries see few keys, nearly all terms of a gradient cancel, and rounding errors remain: those of the output, of
+    up to |t| roundings, in delta = do·o; and in tf32 those of dp, which no other term shares. The largest rows have |t|
+    of 4 and do·v of 3 times its mean: an error of 12 times a gradient's natural size. A key's gradients sum the errors
+    of all its queries.
     """
     assert x.do is not None
     rows, keys = (

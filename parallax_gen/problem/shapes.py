@@ -11,8 +11,8 @@ from parallax_gen.errors import ArgumentError
 
 # Shorter sequences fill less than one tile of any config, so they share a bucket.
 SHORTEST = 128
-# The largest size that is read from a file: more than any card holds, and derived values still fit a float.
-LARGEST = 2**62
+# The largest size that is read from a file: more than any card holds, and what is computed from it still fits a float.
+LARGEST_SIZE = 2**62
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Shape:
 class Bucket:
     """The shapes that share a config: each size is a power of two, and represents all sizes nearest to it.
 
-    kv_rows    batch * kv_heads: the number of independent (sequence, kv head) pairs
+    kv_rows    batch * kv_heads, the number of (sequence, kv head) pairs: each has its own keys
     seqlen_q   1 for decode
     seqlen_kv
     window     0 for none
@@ -91,7 +91,7 @@ class Bucket:
     def __str__(self) -> str:
         lengths = str(self.seqlen_kv) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}x{self.seqlen_kv}"
         window = f", window {self.window}" if self.window else ""
-        return f"{self.kv_rows} kv rows, seqlen {lengths}{window}"
+        return f"batch x kv_heads {self.kv_rows}, seqlen {lengths}{window}"
 
 
 AnySizes = TypeVar("AnySizes", Shape, Bucket)
@@ -114,8 +114,8 @@ def _check_names(argument: str, data: Mapping[str, Any], kind: type[Shape] | typ
 def within_bounds(sizes: AnySizes) -> AnySizes:
     """Check sizes that were read from a file. Raises ArgumentError if no card could hold them."""
     for name, value in vars(sizes).items():
-        if value > LARGEST:
-            raise ArgumentError(name, f"{value!r:.80}", f"at most {LARGEST}")
+        if value > LARGEST_SIZE:
+            raise ArgumentError(name, f"{value!r:.80}", f"at most {LARGEST_SIZE}")
     return sizes
 
 
@@ -135,7 +135,7 @@ def bucket_of(shape: Shape) -> Bucket:
 
 
 def representative(bucket: Bucket, group: int) -> Shape:
-    """The shape that a bucket is tuned at: its own sizes, kv_rows split into at most 8 kv heads and a batch."""
+    """The shape that a bucket is tuned at: its own sizes, with kv_rows as a batch times at most 8 kv heads."""
     kv_heads = min(8, bucket.kv_rows)
     return Shape(
         batch=bucket.kv_rows // kv_heads,

@@ -8,7 +8,7 @@ from typing import Any
 from parallax_gen.errors import ArgumentError
 
 OPS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "decode_varlen")
-# op -> its name for users and in records, if that differs.
+# op -> its family: the name by which users and records know it, if that differs.
 _FAMILY_OF = {"decode_varlen": "decode"}
 FAMILIES = tuple(op for op in OPS if op not in _FAMILY_OF)
 DTYPES = ("bf16", "fp16", "fp32", "tf32")
@@ -23,6 +23,7 @@ ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cac
 # Ops that read query rows and no keys: they have no groups of heads, and no matmuls.
 QUERY_ROW_OPS = ("preprocess",)
 PER_SEQUENCE_LENGTHS = ("decode_varlen",)
+PER_SEQUENCE_LENGTHS_TEXT, MULTI_TOKEN_TEXT = "per-sequence lengths", "multi-token queries"
 
 # Flag -> the ops that have it.
 FLAGS = {
@@ -39,14 +40,14 @@ FLAGS = {
 def family_of(op: str) -> str:
     """The name of an op for users and in records.
 
-    Both decode ops are "decode"; decode_varlen also has the flag ragged.
+    Both decode ops are "decode"; decode_varlen is the one with the flag `ragged` in records and `--ragged` in commands.
     """
     return _FAMILY_OF.get(op, op)
 
 
 def name_in_errors(op: str) -> str:
-    """The name of an op in error messages, in the words that users and records use."""
-    return op if op in FAMILIES else f"ragged {family_of(op)}"
+    """The name of an op in error messages."""
+    return op if op in FAMILIES else f"{family_of(op)} with {PER_SEQUENCE_LENGTHS_TEXT}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class KernelSpec:
 
     page_size     keys per page of a cache that a page table orders; 0 for a cache without pages.
     leftpad       cache_leftpad has the position of each sequence's first key.
-    many_queries  sequences have any number of queries, the last one at the last key. Otherwise they have one query, for
-                  which causal matters only with a window.
+    many_queries  multi-token queries: a sequence has any number of queries, and its last query is at its last key.
+                  Otherwise each sequence has one query, for which causal matters only with a window.
     cache_dtype   "e4m3" or "e5m2" for 8-bit keys and values; "" for keys and values of dtype.
 
     Raises ArgumentError on any other value.
@@ -114,10 +115,10 @@ class KernelSpec:
             raise ArgumentError("page_size", f"{self.page_size!r:.80}", "an int of 1 or more, or 0 for no pages")
         _check_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         if self.cache_dtype and not (per_sequence_lengths and self.bytes_per_element == 2):
-            allowed = "'', except for ragged decode with dtype bf16 or fp16"
+            allowed = f"'', except for decode with {PER_SEQUENCE_LENGTHS_TEXT}, in bf16 or fp16"
             raise ArgumentError("cache_dtype", self.cache_dtype, allowed)
         if self.page_size and not per_sequence_lengths:
-            raise ArgumentError("page_size", self.page_size, "0, except for ragged decode")
+            raise ArgumentError("page_size", self.page_size, f"0, except for decode with {PER_SEQUENCE_LENGTHS_TEXT}")
         if self.window and not self.causal:
             raise ArgumentError("window", "True without causal", "True only with causal=True")
         if per_sequence_lengths and self.varlen and not self.many_queries:
@@ -152,7 +153,7 @@ class KernelSpec:
         return replace(self, op=op, stats=op == "forward")
 
     def flat(self) -> dict[str, Any]:
-        """All fields, with the names and the order of records: the op's family, and the flag ragged."""
+        """All fields, with the names and the order of records: the op's family, and the flag `ragged`."""
         values = vars(self) | {"op": self.family}
         first = ("op", "head_dim", "dtype", "group", "causal", "stats")
         return {name: values[name] for name in first} | {"ragged": self.op in PER_SEQUENCE_LENGTHS} | values
@@ -169,8 +170,9 @@ class KernelSpec:
         # A single query sees all keys of its window.
         if self.op in FLAGS["causal"] and (self.op not in PER_SEQUENCE_LENGTHS or self.many_queries or self.window):
             parts.append("window" if self.window else "causal" if self.causal else "full")
-        parts += [name for name in ("varlen", "stats", "ragged", "leftpad") if flat[name]]
-        parts += ["many queries"] * self.many_queries
+        parts += [name for name in ("varlen", "stats") if flat[name]]
+        parts += [PER_SEQUENCE_LENGTHS_TEXT] * flat["ragged"] + ["leftpad"] * self.leftpad
+        parts += [MULTI_TOKEN_TEXT] * self.many_queries
         parts += [f"pages of {self.page_size}"] * (self.page_size > 0)
         parts += [f"{self.cache_dtype} cache"] * (self.cache_dtype != "")
         parts += ["softcap"] * self.softcap

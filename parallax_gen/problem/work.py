@@ -20,14 +20,14 @@ class Work:
     bytes: float
 
 
-# The number of matmuls, each of 2*D operations per (query, visible key) pair: forward s, t, o1, o2; dkdv s, t, dp,
-# dv and two for dk; dqdr s, t, dp, dq, dr.
+# The number of matmuls, each of 2·head_dim operations per (query, visible key) pair: forward s, t, o1, o2; dkdv s, t,
+# dp, dv and two for dk; dqdr s, t, dp, dq, dr.
 MATMULS = {"forward": 4, "dkdv": 6, "dqdr": 5, "decode": 4, "decode_varlen": 4}
 SCORES = {"forward": 2, "dkdv": 3, "dqdr": 3}  # how many of them compute s, t and dp; the others accumulate outputs
 
 
 class Traffic(NamedTuple):
-    """The minimum memory traffic of each query row and each key row.
+    """The minimum memory traffic of each query row and each key row. A row has the elements of one head.
 
     q_vectors   vectors of head_dim elements per query row
     kv_vectors  vectors of head_dim elements per key row
@@ -56,18 +56,18 @@ STATS_TRAFFIC = Traffic(1, 0, 8)  # additionally v_mean; lse and t_mean
 
 def work_of(spec: KernelSpec, shape: Shape) -> Work:
     """The matmuls of an op over the visible pairs; each input is read and each output written once."""
-    q_rows = shape.batch * shape.heads * shape.seqlen_q
+    query_rows = shape.batch * shape.heads * shape.seqlen_q
     keys = min(shape.seqlen_kv, shape.window + shape.seqlen_q - 1) if shape.window else shape.seqlen_kv
-    kv_rows = shape.batch * shape.kv_heads * keys
+    key_rows = shape.batch * shape.kv_heads * keys
     traffic = TRAFFIC[spec.op]
     q_vectors, row_bytes = (
         traffic.q_vectors + spec.stats * STATS_TRAFFIC.q_vectors,
         traffic.row_bytes + spec.stats * STATS_TRAFFIC.row_bytes,
     )
     flops = 2 * MATMULS.get(spec.op, 0) * shape.batch * shape.heads * spec.head_dim * _visible(spec, shape)
-    flops += traffic.flops * q_rows * spec.head_dim
-    per_dimension = q_rows * q_vectors * spec.bytes_per_element + kv_rows * traffic.kv_vectors * spec.cache_bytes
-    return Work(flops=float(flops), bytes=float(per_dimension * spec.head_dim + q_rows * row_bytes))
+    flops += traffic.flops * query_rows * spec.head_dim
+    per_dimension = query_rows * q_vectors * spec.bytes_per_element + key_rows * traffic.kv_vectors * spec.cache_bytes
+    return Work(flops=float(flops), bytes=float(per_dimension * spec.head_dim + query_rows * row_bytes))
 
 
 def work_of_lengths(spec: KernelSpec, shape: Shape, lengths: Sequence[int]) -> Work:

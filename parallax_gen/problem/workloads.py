@@ -15,7 +15,7 @@ OPS_AND_TRAINING = (*FAMILIES, TRAINING)
 
 USUAL_HEAD_DIM = 128
 
-# Forward: a training step, a long prompt, many short sequences, and a shape in between, each with about the same work.
+# Forward: a training step's, a long prompt, many short sequences, and a shape in between, all with about the same work.
 # Decode: one sequence and a batch, over short and long caches; also with four query heads per kv head (GQA).
 USUAL_SHAPES: dict[str, tuple[Shape, ...]] = {
     "forward": (
@@ -157,15 +157,16 @@ def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> l
 # -- Grids of shapes: of the published results of other kernels, and of serving.
 
 # The grid of parallax-kernel's benchmark: one sequence, MHA, (head_dim, shape). Left out: caches over 2 GiB of keys.
+# Commands call it "official".
 _HEADS = tuple(2**n for n in range(12))
 _KEYS = tuple(2**n for n in range(7, 16))
-_LARGEST = 2**31  # bytes of bf16 keys
-OFFICIAL = tuple(
+_MAX_KEY_BYTES = 2**31  # in bf16
+PARALLAX_KERNEL = tuple(
     (head_dim, Shape(1, heads, heads, 1, keys))
     for head_dim in (64, 128)
     for heads in _HEADS
     for keys in _KEYS
-    if 2 * heads * keys * head_dim <= _LARGEST
+    if 2 * heads * keys * head_dim <= _MAX_KEY_BYTES
 )
 
 # A model of 8 billion parameters with 32 query heads and 8 kv heads, on one GPU and split over 2, 4 and 8 GPUs. Left
@@ -179,7 +180,7 @@ SERVING = tuple(
     if batch * kv_heads * keys <= _MAX_KEYS
 )
 
-GRIDS = {"official": OFFICIAL, "serving": SERVING}
+GRIDS = {"official": PARALLAX_KERNEL, "serving": SERVING}
 
 # The grid of the Parallax paper, by op: batches of 1 to 2048 sequences over 128 to 32768 keys. Decode has 8 heads, as
 # in the published results of parallax-kernel. The grid is complete: its largest caches take 275 GB, and a run leaves
@@ -194,21 +195,21 @@ PAPER = {
 }
 
 # The training steps of real models, for every head_dim.
-STEPS = tuple((head_dim, shape) for head_dim, shapes in USUAL_TRAINING.items() for shape in shapes)
+MODEL_STEPS = tuple((head_dim, shape) for head_dim, shapes in USUAL_TRAINING.items() for shape in shapes)
 
 # The shapes that `bench` compares for each grid: grid -> op -> (head_dim, shape).
 BENCH_GRIDS = {
     **{name: {"decode": shapes} for name, shapes in GRIDS.items()},
-    TRAINING: {TRAINING: STEPS},
+    TRAINING: {TRAINING: MODEL_STEPS},
     "paper": PAPER,
 }
 
-_TRAINED = (Shape(4, 16, 16, 4096, 4096), Shape(1, 16, 16, 16384, 16384))
+_STEP_AND_PROMPT = (Shape(4, 16, 16, 4096, 4096), Shape(1, 16, 16, 16384, 16384))
 
 # The shapes that `bench` compares by default: op -> (head_dim, shape). Decode: from few bytes to many, one sequence
 # and a batch, MHA and GQA. Forward and training: a training step and a long prompt.
 DEFAULT_SHAPES: dict[str, tuple[tuple[int, Shape], ...]] = {
-    "forward": tuple((128, shape) for shape in _TRAINED),
+    "forward": tuple((128, shape) for shape in _STEP_AND_PROMPT),
     "decode": (
         *((128, Shape(batch, 8, 8, 1, keys)) for batch in (1, 32) for keys in (512, 1024, 4096, 16384)),
         (128, Shape(1, 32, 8, 1, 16384)),
@@ -216,7 +217,7 @@ DEFAULT_SHAPES: dict[str, tuple[tuple[int, Shape], ...]] = {
         (64, Shape(8, 16, 16, 1, 4096)),
     ),
     TRAINING: (
-        *((128, shape) for shape in _TRAINED),
-        *((dim, shape) for dim, shapes in USUAL_TRAINING.items() for shape in shapes if shape not in _TRAINED),
+        *((128, shape) for shape in _STEP_AND_PROMPT),
+        *((dim, shape) for dim, shapes in USUAL_TRAINING.items() for shape in shapes if shape not in _STEP_AND_PROMPT),
     ),
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import parallax_gen
 from parallax_gen.bench.rows import Row
-from parallax_gen.bench.summary import Errors, Mean, largest_errors, means, times_ours
+from parallax_gen.bench.summary import LargestErrors, Mean, largest_errors, means, times_ours
 from parallax_gen.memory.descriptions import Origins, name_in_records
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Outcome
@@ -94,7 +94,7 @@ class Report:
     left_out: int
     by_place: dict[Place, Study | None]
     ratios: list[tuple[Row, float | None]]
-    errors: dict[tuple[str, str, str, str], Errors]
+    errors: dict[tuple[str, str, str, str], LargestErrors]
     benches: tuple[tuple[str, str, str], ...]
 
     @property

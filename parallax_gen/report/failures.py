@@ -12,8 +12,8 @@ from parallax_gen.memory.result import Outcome, Result
 MAX_EXAMPLES = 3
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
-# Failures in display order: expected ones first, wrong results last.
-BY_HARM = (
+# In the order of display: expected failures first, wrong results last.
+FAILURES_IN_ORDER = (
     Outcome.SLOW,
     Outcome.RESOURCES,
     Outcome.INVALID,
@@ -35,7 +35,7 @@ class Reason:
 
 
 def reasons(results: Iterable[Result]) -> list[Reason]:
-    """The reasons, sorted by outcome as in BY_HARM, then by frequency."""
+    """The reasons, sorted by outcome as in FAILURES_IN_ORDER, then by frequency."""
     groups: dict[tuple[Outcome, str], list[Result]] = {}
     for result in results:
         if result.outcome.failed:
@@ -49,7 +49,7 @@ def reasons(results: Iterable[Result]) -> list[Reason]:
         )
         for (outcome, _), group in groups.items()
     ]
-    return sorted(merged, key=lambda r: (BY_HARM.index(r.outcome), -r.count, r.text))
+    return sorted(merged, key=lambda r: (FAILURES_IN_ORDER.index(r.outcome), -r.count, r.text))
 
 
 def _reason_text(result: Result) -> str:

@@ -18,14 +18,14 @@ from markupsafe import Markup
 import parallax_gen
 from parallax_gen.bench.parts import kernels_in
 from parallax_gen.bench.summary import error_text
-from parallax_gen.describe import LEGEND, brief, gain_text, lengths, number
+from parallax_gen.describe import LEGEND, brief, gain_text, number, seqlen_text
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
-from parallax_gen.report.failures import BY_HARM
+from parallax_gen.report.failures import FAILURES_IN_ORDER
 from parallax_gen.report.matrices import FRACTIONS_OF_BOUND, RATIOS, coverage, kernel_name, speed_ups
 from parallax_gen.report.sources import Sources
 from parallax_gen.report.studies import STATES, Study
@@ -58,7 +58,7 @@ def html(report: Report, command: str) -> str:
             summary=summary,
             states_in_order=STATES,
             states_found={study.state if study else "untuned" for study in report.by_place.values()},
-            outcome_order=(Outcome.OK, *BY_HARM),
+            outcome_order=(Outcome.OK, *FAILURES_IN_ORDER),
             outcomes_found={outcome for kernel in tried for outcome in kernel.outcomes},
             tried=tried,
             importances=[(kernel, importances) for kernel in tried if (importances := kernel.importances)],
@@ -108,7 +108,7 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         number=number,
         brief=brief,
-        lengths=lengths,
+        lengths=seqlen_text,
         rate_unit=rate_unit,
         kernel_name=kernel_name,
         percent=_percent,

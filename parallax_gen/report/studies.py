@@ -1,4 +1,4 @@
-"""Studies: the results of one kernel in one bucket on one GPU."""
+"""Studies: the results of one kernel in one bucket on one GPU (not Optuna's studies, which tuning/ uses)."""
 
 from __future__ import annotations
 

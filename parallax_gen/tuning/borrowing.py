@@ -1,4 +1,4 @@
-"""Evaluates the ranking: which configs calls would borrow if some records were missing, and how much time they lose.
+"""Evaluates the ranking: which configs would calls borrow if some records were missing, and how much slower are they?
 
 The evaluation uses sets of comparable times: several configs of one place, timed with one toolchain and one protocol.
 The loss of the config that a call there would get is its time divided by the fastest time of the set.
@@ -21,7 +21,7 @@ from parallax_gen.memory.result import Result
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.spec import PER_SEQUENCE_LENGTHS_TEXT, KernelSpec
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
 
 NEAREST = "the nearest bucket"  # its best record is evaluated for every op, also for ops that do not borrow it
@@ -157,7 +157,8 @@ def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
 
 def kind_of(spec: KernelSpec) -> str:
     """The op, and for decode the properties of its cache that determine its speed."""
-    return f"{spec.family}{', ragged' if op_of(spec).per_sequence_lengths else ''}{', paged' if spec.page_size else ''}"
+    lengths = f", {PER_SEQUENCE_LENGTHS_TEXT}" if op_of(spec).per_sequence_lengths else ""
+    return f"{spec.family}{lengths}{', paged' if spec.page_size else ''}"
 
 
 def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:
@@ -171,10 +172,10 @@ def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:
 
 
 def _nearest(comparable: ComparableTimes, records: Sequence[Result]) -> KernelConfig | None:
-    """The config that a call gets in the nearest bucket with a usable record: nearest in kv_rows, then in the rest."""
+    """The config that a call gets in the nearest bucket with a usable record: nearest in kv_rows, then in lengths."""
     place, gpu, table = comparable.place, GPUS[comparable.place.gpu], RecordTable(records)
     buckets = dict.fromkeys(record.place.bucket for record in records)
-    for bucket in nearest_buckets(place.bucket, buckets, rows_first=True):
+    for bucket in nearest_buckets(place.bucket, buckets, kv_rows_first=True):
         candidate = best(replace(place, bucket=bucket), gpu, table, comparable.toolchain)
         if candidate.record is not None:
             return candidate.config

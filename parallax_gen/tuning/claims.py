@@ -1,4 +1,4 @@
-"""The claims and results that workers on several hosts share for a job, in a study of an Optuna storage.
+"""The claims and results that workers on several hosts share for a job, in an Optuna study of a shared storage.
 
 A trial of the study is a worker's claim of one config while it is RUNNING, and the config's result once it is finished.
 A claim is valid as long as its worker sends heartbeats, so the claims of a dead worker expire. The clocks of the hosts
@@ -129,16 +129,16 @@ class SharedClaims:
 
     def claim(self, config: KernelConfig) -> bool:
         """Claim a config for this worker; False if another worker has claimed or tried it."""
-        text = config_to_json(config)
+        config_json = config_to_json(config)
         with self._as_store_error():
             for _ in range(CLAIM_ATTEMPTS):
-                if self._is_taken(text):
+                if self._is_taken(config_json):
                     return False
-                trial = self._storage.create_new_trial(self._study, _new_claim(text, self._worker))
+                trial = self._storage.create_new_trial(self._study, _new_claim(config_json, self._worker))
                 # A competing claim is visible by now, or its worker will see this one. If two workers see each other's
                 # claims, both withdraw and try again a little later.
-                if not self._is_taken(text, except_trial=self._storage.get_trial_number_from_id(trial)):
-                    self._claims[text] = trial
+                if not self._is_taken(config_json, except_trial=self._storage.get_trial_number_from_id(trial)):
+                    self._claims[config_json] = trial
                     return True
                 self._end(trial, TrialState.FAIL)
                 time.sleep(random.uniform(0.01, 0.2))
@@ -146,11 +146,10 @@ class SharedClaims:
 
     def finish(self, result: Result) -> None:
         """Share the result of a config that this worker claimed."""
-        text = config_to_json(result.config)
-        trial = self._claims.pop(text, None)
+        trial = self._claims.pop(config_to_json(result.config), None)
         if trial is None:
             return
-        # The error: another worker ended this claim, because this worker seemed dead.
+        # The suppressed error means that another worker ended this claim, because this worker seemed dead.
         with self._as_store_error(), contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(trial, "result", json.dumps(result.to_dict()))
             timed = result.outcome.timed and result.time_us is not None
@@ -158,9 +157,11 @@ class SharedClaims:
 
     def publish(self, result: Result) -> None:
         """Share a result that this worker has no claim for: a finalist that was timed again."""
-        text = config_to_json(result.config)
+        config_json = config_to_json(result.config)
         with self._as_store_error():
-            self._claims[text] = self._storage.create_new_trial(self._study, _new_claim(text, self._worker))
+            self._claims[config_json] = self._storage.create_new_trial(
+                self._study, _new_claim(config_json, self._worker)
+            )
         self.finish(result)
 
     def others_have_claims(self) -> bool:
@@ -195,14 +196,14 @@ class SharedClaims:
                 results.append(result)
         return results
 
-    def _is_taken(self, text: str, except_trial: int | None = None) -> bool:
+    def _is_taken(self, config_json: str, except_trial: int | None = None) -> bool:
         """Whether a config was tried, or a live worker claims it in a trial other than `except_trial`.
 
         Ends dead claims.
         """
         heartbeats = self._storage.get_study_user_attrs(self._study)
         for trial in self._storage.get_all_trials(self._study, deepcopy=False):
-            if renamed_json(trial.user_attrs.get("config")) != text or trial.number == except_trial:
+            if renamed_json(trial.user_attrs.get("config")) != config_json or trial.number == except_trial:
                 continue
             if trial.state.is_finished():
                 if "result" in trial.user_attrs and not self._failed_elsewhere(trial):
@@ -218,7 +219,7 @@ class SharedClaims:
     def _is_alive(self, trial: FrozenTrial, heartbeats: dict[str, Any]) -> bool:
         """Whether the worker of a claim sent a heartbeat within the lease.
 
-        One from further in the future is ignored.
+        A time further in the future than the lease is ignored.
         """
         heartbeat = heartbeats.get(_heartbeat_key(trial.user_attrs.get("worker")))
         return isinstance(heartbeat, int | float) and abs(time.time() - heartbeat) < self._lease_s
@@ -228,7 +229,7 @@ class SharedClaims:
             self._storage.set_trial_state_values(trial, state, None if value is None else [value])
 
     def _failed_elsewhere(self, trial: FrozenTrial) -> bool:
-        """Whether a trial's result is a fault of its worker's machine, so that the config is free."""
+        """Whether a trial ended by a fault of its worker's machine: then its config may be claimed again."""
         result = _parsed(trial) if trial.state == TrialState.FAIL else None
         return result is not None and result.is_machine_fault
 
@@ -250,5 +251,5 @@ def _heartbeat_key(worker: str | None) -> str:
     return f"worker {worker}"
 
 
-def _new_claim(text: str, worker: str) -> FrozenTrial:
-    return create_trial(state=TrialState.RUNNING, user_attrs={"config": text, "worker": worker})
+def _new_claim(config_json: str, worker: str) -> FrozenTrial:
+    return create_trial(state=TrialState.RUNNING, user_attrs={"config": config_json, "worker": worker})

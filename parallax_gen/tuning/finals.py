@@ -1,4 +1,4 @@
-"""The finals of a job: times the fastest configs again, the closest ones interleaved, so that luck does not win."""
+"""The finals of a job: time the fastest configs again, the closest ones interleaved, so that no lucky timing wins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from parallax_gen.memory.ranking import fastest
 from parallax_gen.memory.result import Result, now
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.work import bound_by_matmuls
-from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, Request, Timing, Trial, TrialResult
+from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, Timing, Trial, TrialResult, WorkerRequest
 
 # At most MAX_FINALISTS configs are timed again, for FINALIST_MS: a short timing is off by 1 or 2 %. At most
 # MAX_INTERLEAVED of them, those within CLOSE_RATIO of the best, are then timed once more, interleaved.
@@ -23,7 +23,7 @@ CLOSE_RATIO_AFTER_REFRESH = 1.05
 class Finals:
     """Requests to measure a job's fastest configs again after its trials, one at a time.
 
-    Times the leading config again until the leader is one that was already timed again. Then times it interleaved
+    Times the fastest config again until the fastest is one that was already timed again. Then times it interleaved
     with the configs close to it, so that clocks and temperature are the same for all of them. Each new time replaces
     the stored one. The interleaved times are scaled so that the best keeps its time: they rank only the participants,
     and a card that runs faster or slower meanwhile does not move these past the other configs. The default takes
@@ -48,19 +48,19 @@ class Finals:
         self._max_retimed = len(self._retimed) + MAX_FINALISTS
         self.over = False
 
-    def next_request(self) -> Request | None:
+    def next_request(self) -> WorkerRequest | None:
         """The next request; None once all is done."""
         best = None if self.over else next(iter(fastest(self._current_results())), None)
         if best is not None and best.config not in self._retimed and len(self._retimed) < self._max_retimed:
             self._retimed.add(best.config)
             return Measure(self._trial(best.config), timed_ms=FINALIST_MS, in_bursts=self._in_bursts)
         close = [] if self.over else self._closest()
-        self.over = True  # except for the reply to this request
+        self.over = True  # once the reply to this request is here
         if len(close) > 1:
             return MeasureInterleaved(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._in_bursts)
         return None
 
-    def results_of(self, request: Request, reply: TrialResult) -> list[Result]:
+    def results_of(self, request: WorkerRequest, reply: TrialResult) -> list[Result]:
         """The results to store for the reply to a request."""
         current = {r.config: r for r in self._current_results()}
         if not isinstance(request, MeasureInterleaved):

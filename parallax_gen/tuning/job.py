@@ -23,7 +23,7 @@ from parallax_gen.memory.ranking import (
 from parallax_gen.memory.result import PROTOCOL, Outcome, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import Toolchain
-from parallax_gen.ops.base import KernelConfig, Layout, op_of
+from parallax_gen.ops.base import KernelConfig, OpKind, op_of
 from parallax_gen.ops.space import timed_shape
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
@@ -57,7 +57,7 @@ class Job:
 
 def step_spec(spec: KernelSpec) -> KernelSpec:
     """One spec for all kernels of a training step that take the same inputs; any other spec unchanged."""
-    return replace(spec, op="dqdr", stats=False) if op_of(spec).layout is Layout.TILES else spec
+    return replace(spec, op="dqdr", stats=False) if op_of(spec).kind is OpKind.TILES else spec
 
 
 def program_key(job: Job) -> str:
@@ -71,14 +71,14 @@ class Progress:
     """The progress of a job.
 
     known          how many results of earlier runs there were
-    kinds          how many trials of this run had each outcome
+    outcomes       how many trials of this run had each outcome
     other_workers  how many configs other workers tried meanwhile, if the job is shared
     deadline       when its time budget ends, on time.monotonic's clock; math.inf before the budget starts
     """
 
     job: Job
     known: int = 0
-    kinds: dict[Outcome, int] = field(default_factory=dict)
+    outcomes: dict[Outcome, int] = field(default_factory=dict)
     best: Result | None = None
     seconds: float = 0.0
     other_workers: int = 0
@@ -86,7 +86,7 @@ class Progress:
 
     @property
     def done(self) -> int:
-        return sum(self.kinds.values())
+        return sum(self.outcomes.values())
 
 
 # -- The jobs of a tune.
@@ -173,7 +173,7 @@ def _fits(place: Place, gpu: Gpu) -> bool:
 
 
 def refresh_configs(job: Job, memory: Memory) -> list[KernelConfig]:
-    """The configs that may be the fastest at a job's place, according to all records.
+    """The configs that may be the fastest at a job's place, by all records.
 
     First the config that calls get now, so that a refresh that stops after it keeps it. Then today's default; a few
     configs of each tier of the ranking; the best of the nearest bucket; and the fastest among configs that are no

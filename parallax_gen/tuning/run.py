@@ -22,7 +22,7 @@ from parallax_gen.tuning.finals import Finals
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.search.cost_model import guess_us, predict_us
 from parallax_gen.tuning.search.search import Search
-from parallax_gen.tuning.workers.messages import Compile, Measure, Request, Trial, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Measure, Trial, TrialResult, WorkerRequest
 
 MAX_SPILLS = 512  # bytes per thread; in the recorded sweeps kernels that spill half as much are far from the best
 GIVE_UP_FACTOR = 1.5  # timing stops early for a call this many times slower than the best
@@ -35,8 +35,8 @@ class Run:
     device (`next_request`), and passes on those replies (`on_measured`), until the run is `over`. Every result is
     stored at once. With measure=False the time of a compiled config is predicted, and nothing is measured.
 
-    With `claims`, workers elsewhere share the job: each config is tried by one worker, all workers get its result, the
-    trials of all workers count, and the worker that ends last times the finalists again.
+    With `claims`, workers elsewhere share the job: one worker tries each config, all workers get its result, the trials
+    of all workers count, and the worker that ends last times the finalists again.
 
     With `only_configs`, only these configs are tried, even if they have results.
     """
@@ -52,7 +52,7 @@ class Run:
         only_configs: Sequence[KernelConfig] | None = None,
         results: Callable[[Place], list[Result]] | None = None,
     ):
-        """results: looks up the results of a place; by default in the store. New results go to the store always."""
+        """results: looks up the results of a place; by default in the store. New results always go to the store."""
         self.job = job
         self._results = results or store.results
         self._store, self._measure, self._max_trials, self._claims = store, measure, trials, claims
@@ -76,9 +76,9 @@ class Run:
         self._finals = Finals(job.spec.op, self._current_results, self._trial, self._default, only_configs or ())
         self._claimed_elsewhere: list[KernelConfig] = []  # other workers had claimed these when they were proposed
         self._shared_configs: set[KernelConfig] = set()  # configs that other workers finished
-        self._shared_before = 0
+        self._shared_at_start = 0
         self._take_shared_results()
-        self._shared_before, self.progress.other_workers = len(self._shared_configs), 0
+        self._shared_at_start, self.progress.other_workers = len(self._shared_configs), 0
         self._some_compiled, self._seconds = False, float("inf")
         self._start = time.monotonic()
 
@@ -128,7 +128,7 @@ class Run:
     def on_compiled(self, config: KernelConfig, reply: TrialResult) -> bool:
         """Take the reply of a compilation. Returns True if it ended the trial: failed, pruned or predicted."""
         self._compiling -= 1
-        if not self._some_compiled:  # the budget excludes the start of the compilers, which matters if it is short
+        if not self._some_compiled:  # the time budget begins here: it excludes the seconds in which compilers start
             self._some_compiled = True
             self.progress.deadline = time.monotonic() + self._seconds
         ended = self._early_end(reply)
@@ -143,9 +143,9 @@ class Run:
         self._store_result(self._result(config, reply, ended, predicted_us=estimate))
         return True
 
-    def next_request(self) -> Request | None:
+    def next_request(self) -> WorkerRequest | None:
         """The request for a free device; None if there is none now, or none any more."""
-        request: Request | None = None
+        request: WorkerRequest | None = None
         if self.searching:
             if self._ready:
                 config, self._compiled[config] = self._ready.popleft()
@@ -158,7 +158,7 @@ class Run:
         self._measuring += request is not None
         return request
 
-    def on_measured(self, request: Request, reply: TrialResult) -> bool:
+    def on_measured(self, request: WorkerRequest, reply: TrialResult) -> bool:
         """Take the reply to a request. Returns True if it ended a trial, False for finals."""
         self._measuring -= 1
         if isinstance(request, Measure) and request.trial.config in self._compiled:
@@ -174,7 +174,7 @@ class Run:
         return False
 
     def _seeds(self, best: Result | None) -> list[KernelConfig]:
-        """The configs to try before the search proposes any: default, configs fast elsewhere, neighbours of the best.
+        """The configs to try before the search proposes any: the default, fast ones elsewhere, the best's neighbours.
 
         The search starts from a cost model, which may be wrong for kernels unlike those that it was fitted to.
         """
@@ -249,7 +249,7 @@ class Run:
         best = self._best_measured if new_results and self._measure else None
         if best is not None:
             self.progress.best = best
-        self.progress.other_workers = len(self._shared_configs) - self._shared_before
+        self.progress.other_workers = len(self._shared_configs) - self._shared_at_start
 
     def _early_end(self, compiled: TrialResult) -> TrialResult | None:
         """The outcome that ends a trial after compiling: a failure, spills, too much shared memory.
@@ -299,7 +299,7 @@ class Run:
         self._search.tell(result.config, result.time_us if result.outcome.has_time else None)
         if result.outcome is self._best_outcome and result.time_us is not None and result.time_us < self._best_us:
             self.progress.best = result
-        self.progress.kinds[result.outcome] = self.progress.kinds.get(result.outcome, 0) + 1
+        self.progress.outcomes[result.outcome] = self.progress.outcomes.get(result.outcome, 0) + 1
         self.progress.seconds = time.monotonic() - self._start
 
     def _result(

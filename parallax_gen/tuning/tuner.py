@@ -72,7 +72,7 @@ class Tuner:
         if compilers is None or isinstance(compilers, int):
             compilers = start_compilers(compilers, len(self._measuring))
         self._pool = Pool(self._measuring, compilers)
-        self._runs = 0  # of all calls of `tune_all` so far: answers refer to a run by its number
+        self._runs = 0  # how many all calls of `tune_all` created: answers refer to a run by its number
 
     def __enter__(self) -> Tuner:
         return self

@@ -114,7 +114,8 @@ def test_a_batch_of_lengths_is_decode_varlen(compared: list[Compared], tmp_path:
     done = run(*arguments)
     assert done.exit_code == 0, done.output
     assert compared == [(KernelSpec("decode_varlen", 128, "bf16", 4), SHAPE, SKEWED)]
-    title = "decode, head_dim 128, bf16, GQA 4:1, ragged: batch 8, heads 32/8, seqlen 1x4096, lengths 4096,7x128"
+    title = "decode, head_dim 128, bf16, GQA 4:1, per-sequence lengths: "
+    title += "batch 8, heads 32/8, seqlen 1x4096, lengths 4096,7x128"
     assert done.stdout.splitlines()[0] == title
     with (tmp_path / "rows").open(newline="", encoding="utf-8") as file:
         assert [(row["ragged"], row["lengths"]) for row in csv.DictReader(file)] == [("True", "4096,7x128")]

@@ -50,7 +50,7 @@ def results(spec: KernelSpec, shape: Shape) -> tuple[OracleCheck, OracleCheck, d
 
 def test_errors_of_a_sample_are_near_those_of_the_whole() -> None:
     whole, sample, right = results(STEP, SHAPE)
-    assert (whole.rows, sample.rows) == (12, 4)
+    assert (whole.pairs, sample.pairs) == (12, 4)
     of_whole, of_sample = whole.errors(right), sample.errors(right)
     assert set(of_whole) == set(of_sample) == {"out", "dq", "dr", "dk", "dv"}
     for name, error in of_whole.items():
@@ -70,12 +70,12 @@ def test_an_error_in_the_last_sequence_and_head_is_in_the_sample(name: str) -> N
 
 def test_the_sample_of_a_small_call_is_the_whole() -> None:
     assert Sample.first_and_last(STEP, Shape(1, 2, 1, 9, 9)) == Sample((0,), (0,))
-    assert Sample.first_and_last(STEP, Shape(2, 4, 2, 9, 9)).rows(Shape(2, 4, 2, 9, 9)) == 4
+    assert Sample.first_and_last(STEP, Shape(2, 4, 2, 9, 9)).pairs(Shape(2, 4, 2, 9, 9)) == 4
 
 
 def test_without_an_oracle_there_are_no_errors() -> None:
     oracle_check = OracleCheck("forward", STEP, SHAPE, random_inputs_for_case("forward", STEP, SHAPE, "cpu"), "none")
-    assert oracle_check.rows == 0
+    assert oracle_check.pairs == 0
     assert oracle_check.errors({"out": torch.zeros(4, 40, 6, 64)}) == {}
 
 

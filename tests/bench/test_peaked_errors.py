@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallax_gen.bench import run as comparing
 from parallax_gen.bench.baselines import BASELINES, OURS
-from parallax_gen.bench.baselines.base import Baseline, Call, Step, gradient_of_output, leaves
+from parallax_gen.bench.baselines.base import AttentionCall, Baseline, Step, gradient_of_output, leaves
 from parallax_gen.bench.oracle_check import peaked_inputs
 from parallax_gen.bench.rows import Effort, Row
 from parallax_gen.bench.run import compare
@@ -69,7 +69,7 @@ def rounded_products(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tenso
     return ((w * (p @ v.transpose(1, 2)) - pt @ v.transpose(1, 2)) / total).transpose(1, 2).to(x.q.dtype)
 
 
-def rounding_call(spec: KernelSpec, x: Inputs) -> Call:
+def rounding_call(spec: KernelSpec, x: Inputs) -> AttentionCall:
     return lambda: rounded_products(spec, x, x.q, x.r, x.k, x.v)
 
 
@@ -85,7 +85,7 @@ def fails_on_peaked_rows(failure: Exception) -> Baseline:
     """A baseline whose second call raises: the first is on the usual inputs."""
     calls = 0
 
-    def decode(spec: KernelSpec, x: Inputs) -> Call:
+    def decode(spec: KernelSpec, x: Inputs) -> AttentionCall:
         nonlocal calls
         calls += 1
         if calls == 2:

@@ -21,7 +21,7 @@ def row(baseline: str, shape: Shape, time_us: float | None) -> Row:
     return Row(baseline, "decode", "decode", SPEC, shape, time_us)
 
 
-ONE, TWO = Shape(1, 8, 8, 1, 1024), Shape(2, 4, 4, 1, 1024)  # the same size: 8 kv rows, 1024 keys
+ONE, TWO = Shape(1, 8, 8, 1, 1024), Shape(2, 4, 4, 1, 1024)  # the same size: batch x kv_heads 8, 1024 keys
 LONG = Shape(1, 8, 8, 1, 4096)
 ROWS = [
     *(row("parallax_gen", shape, 10.0) for shape in (ONE, TWO, LONG)),

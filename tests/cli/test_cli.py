@@ -213,7 +213,8 @@ def test_invalid_flags_are_explained_for_the_ops_of_the_command() -> None:
     )
     result = run("explain", *arguments)
     assert result.exit_code
-    assert "cache_dtype: got e4m3; allowed: '', except for ragged decode with dtype bf16 or fp16" in result.stderr
+    allowed = "'', except for decode with per-sequence lengths, in bf16 or fp16"
+    assert f"cache_dtype: got e4m3; allowed: {allowed}" in result.stderr
 
 
 def test_a_flag_of_one_of_several_ops_is_no_error() -> None:
@@ -242,21 +243,26 @@ def test_an_invalid_kernel_is_a_one_line_error(arguments: tuple[str, ...], messa
 @pytest.mark.parametrize(
     ("shape", "options", "message", "expected"),
     [
-        ("8,32/8,4096", ("--leftpad",), "GQA 4:1, ragged, leftpad", {"leftpad": True}),
-        ("8,32/8,4096", ("--stats",), "GQA 4:1, stats, ragged", {"stats": True}),
+        ("8,32/8,4096", ("--leftpad",), "GQA 4:1, per-sequence lengths, leftpad", {"leftpad": True}),
+        ("8,32/8,4096", ("--stats",), "GQA 4:1, stats, per-sequence lengths", {"stats": True}),
         (
             "8,32/8,4096",
             ("--page-size", "16", "--cache-dtype", "e4m3"),
-            "GQA 4:1, ragged, pages of 16, e4m3 cache",
+            "GQA 4:1, per-sequence lengths, pages of 16, e4m3 cache",
             {"page_size": 16, "cache_dtype": "e4m3"},
         ),
         (
             "8,32/8,4x4096",
             ("--window", "100", "--varlen"),
-            "GQA 4:1, window, varlen, ragged, many queries",
+            "GQA 4:1, window, varlen, per-sequence lengths, multi-token queries",
             {"causal": True, "window": True, "varlen": True, "many_queries": True},
         ),
-        ("8,32/8,4x4096", ("--full",), "GQA 4:1, full, ragged, many queries", {"many_queries": True}),
+        (
+            "8,32/8,4x4096",
+            ("--full",),
+            "GQA 4:1, full, per-sequence lengths, multi-token queries",
+            {"many_queries": True},
+        ),
     ],
 )
 def test_options_of_decode(shape: str, options: tuple[str, ...], message: str, expected: dict[str, object]) -> None:

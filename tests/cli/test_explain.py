@@ -251,7 +251,8 @@ def test_explain_a_near_bucket(store: Store) -> None:
         [],
     )
     text = run("explain", *CALL).stdout
-    assert f"the best measured with {Toolchain.here()} at 256 kv rows, seqlen 1x16384; no usable record" in text
+    best = f"the best measured with {Toolchain.here()} at batch x kv_heads 256, seqlen 1x16384"
+    assert f"{best}; no usable record" in text
     assert "not yet checked: a first call compiles it here" in text
 
 

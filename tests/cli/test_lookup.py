@@ -209,7 +209,8 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
     store.save(dkdv_record(None, "crash", stages=3, detail="exit status -11"))
     store.save(dkdv_record(1.0, place=dataclasses.replace(DKDV_PLACE, bucket=Bucket(16, 4096, 4096, 1024))))
     text = run("show", *DKDV_CALL).stdout
-    assert text.startswith("h200: dkdv, head_dim 96, bf16, GQA 4:1, window; 16 kv rows, seqlen 4096, window 512\n")
+    kernel, bucket = "dkdv, head_dim 96, bf16, GQA 4:1, window", "batch x kv_heads 16, seqlen 4096, window 512"
+    assert text.startswith(f"h200: {kernel}; {bucket}\n")
     assert "M64 N128 G4 w8 s2 chunk  measured" in text
     assert "crash: M64 N128 G4 w8 s3 chunk" in text
     result = run_json("show", *DKDV_CALL)

@@ -80,7 +80,7 @@ def test_check_lists_shipped_places_without_the_defaults_time(store: Store, ship
         "h100: 1 kernels and sizes, 0 of them with records of today's kernels: "
         "0 no time of the default, 0 slower than the default",
         "best us  default us  gain  measured with  h200",
-        f"  200.0           -     -  {'Triton ' + TRITON_HERE:<13}  {SPEC}; 256 kv rows, seqlen 1x16384",
+        f"  200.0           -     -  {'Triton ' + TRITON_HERE:<13}  {SPEC}; batch x kv_heads 256, seqlen 1x16384",
         "h200: 2 kernels and sizes, 2 of them with records of today's kernels: "
         "1 no time of the default, 0 slower than the default",
     ]

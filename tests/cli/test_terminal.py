@@ -180,7 +180,7 @@ def test_a_closed_pipe_is_no_error(store: Store) -> None:
 
 def test_verbose_logs_the_config_and_the_reason(store: Store) -> None:
     message = run("-v", "render", *CALL).stderr
-    assert "decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192, on h200: the default" in message
+    assert "decode, head_dim 128, bf16, GQA 4:1; batch x kv_heads 256, seqlen 1x8192, on h200: the default" in message
     store.save(make_record(200.0, splits=3))
     message = run("--verbose", "render", *CALL).stderr
     assert f"measured here, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in message

@@ -76,7 +76,7 @@ def test_without_a_gpu_it_compiles_and_ranks(store: Store) -> None:
     assert (job["outcome"], job["trials"], job["known"]) == ("predicted", 4, 0)
     lines = err.splitlines()
     assert lines[0] == "no CUDA device here: compiling and ranking only, nothing will be measured (predicted)"
-    assert lines[1] == "[1/1] h200: decode, head_dim 128, bf16, GQA 4:1; 256 kv rows, seqlen 1x8192"
+    assert lines[1] == "[1/1] h200: decode, head_dim 128, bf16, GQA 4:1; batch x kv_heads 256, seqlen 1x8192"
     assert lines[-1].startswith("nothing was measured: these times are predicted")
     results = store.results(PLACE)
     assert [r.outcome for r in results] == ["predicted"] * 4
@@ -306,7 +306,9 @@ def test_a_terminal_shows_live_progress() -> None:
         time_budget_s=45,
     ) as view:
         view.begin(job)
-        progress = Progress(job, known=7, kinds={"ok": 11, "wrong": 1}, best=make_record(250.0, splits=1), seconds=12.3)
+        progress = Progress(
+            job, known=7, outcomes={"ok": 11, "wrong": 1}, best=make_record(250.0, splits=1), seconds=12.3
+        )
         view.update(progress)
     text = screen.getvalue()
     assert "[1/3] h200: decode" in text
@@ -326,7 +328,7 @@ def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -
         view.begin(job)
         progress = Progress(job)
         for n, best in enumerate((None, make_record(300.0), make_record(300.0), make_record(250.0, splits=1)), start=1):
-            progress.kinds, progress.best = {"ok": n}, best
+            progress.outcomes, progress.best = {"ok": n}, best
             view.update(progress)
         view.end(progress)
     lines = pipe.getvalue().splitlines()

@@ -20,7 +20,7 @@ from parallax_gen.memory.old import MAX_READ
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import LARGEST, Bucket, Shape
+from parallax_gen.problem.shapes import LARGEST_SIZE, Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 
 DEEP = json.loads("[" * 900 + "]" * 900)
@@ -81,10 +81,15 @@ def test_values_at_the_bounds_are_read_by_every_command(store: Store, tmp_path: 
     ints = dict.fromkeys(("registers", "spills", "shared_bytes"), MAX_INT)
     texts = {"detail": "\n\x1b[31m" + "CUDA " * (LONGEST_DETAIL // 6), "source": "x" * LONGEST_LINE}
     paged = KernelSpec("decode_varlen", 256, "bf16", **MAX_READ)
-    sizes = Bucket(LARGEST, LARGEST, LARGEST)
+    sizes = Bucket(LARGEST_SIZE, LARGEST_SIZE, LARGEST_SIZE)
     strange = DecodeConfig(2**31 - 1, 0, 7, "x" * 64, 0, 2**31 - 1)
     rows = [
-        make_record(MIN_US, shape=Shape(LARGEST, LARGEST, LARGEST, LARGEST, LARGEST), error=1e308, compile_s=1e9),
+        make_record(
+            MIN_US,
+            shape=Shape(LARGEST_SIZE, LARGEST_SIZE, LARGEST_SIZE, LARGEST_SIZE, LARGEST_SIZE),
+            error=1e308,
+            compile_s=1e9,
+        ),
         make_record(MAX_US, splits=4, time_us_p20=MAX_US, time_us_p80=MIN_US, **ints, **texts),
         make_record(None, "crash", splits=6, **ints, **texts),
         make_record(1.0, "predicted", splits=8, created_at="9999-12-31T23:59:59+00:00"),

@@ -248,7 +248,7 @@ def test_scores_far_from_zero(op: str, sign: float) -> None:
         (KernelSpec("decode", 64, "fp16", group=2), DECODE, Shape(2, 4, 2, 1, 75)),
         (KernelSpec("decode_varlen", 64, "fp16", group=2), DECODE, Shape(2, 4, 2, 1, 75)),
     ],
-    ids=["causal", "full", "decode", "ragged decode"],
+    ids=["causal", "full", "decode", "decode_varlen"],
 )
 def test_strided_inputs(spec: KernelSpec, config: KernelConfig, shape: Shape, layout: object) -> None:
     assert why_wrong_on(spec, config, layout(inputs_of(spec, shape, seed=2))) is None

@@ -149,7 +149,7 @@ def test_a_grid_past_65535(op: str, config: KernelConfig) -> None:
         (KernelSpec("decode", 64, "bf16", group=2), DECODE, Shape(2, 4, 2, 1, 300)),
         (KernelSpec("decode_varlen", 64, "bf16", group=2), DECODE, Shape(2, 4, 2, 1, 300)),
     ],
-    ids=["causal", "full", "decode", "ragged decode"],
+    ids=["causal", "full", "decode", "decode_varlen"],
 )
 def test_strided_inputs(
     spec: KernelSpec, config: KernelConfig, shape: Shape, layout: Callable[[Inputs], Inputs]

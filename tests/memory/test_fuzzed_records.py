@@ -31,7 +31,7 @@ from parallax_gen.memory.shipped import Memory, load_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.shapes import LARGEST, representative
+from parallax_gen.problem.shapes import LARGEST_SIZE, representative
 from parallax_gen.runtime.dispatch import choose
 
 FACTOR = int(os.environ.get("PARALLAX_GEN_FUZZ", "1"))
@@ -223,10 +223,10 @@ def test_a_database_file_with_changed_bytes(draw: random.Random, tmp_path: Path)
 def test_the_largest_allowed_sizes_work() -> None:
     """At the bounds all derived values are finite, and a config is chosen."""
     for record in records():
-        largest = {f.name: LARGEST for f in dataclasses.fields(record.place.bucket)}
+        largest = {f.name: LARGEST_SIZE for f in dataclasses.fields(record.place.bucket)}
         place = dataclasses.replace(record.place, bucket=dataclasses.replace(record.place.bucket, **largest))
         shape = representative(place.bucket, place.spec.group)
-        sizes = dataclasses.replace(shape, batch=LARGEST, heads=LARGEST, kv_heads=LARGEST)
+        sizes = dataclasses.replace(shape, batch=LARGEST_SIZE, heads=LARGEST_SIZE, kv_heads=LARGEST_SIZE)
         check(random.Random(0), [dataclasses.replace(record, place=place, shape=sizes)])
         for time_us in (MIN_US, MAX_US):
             assert "us, " in time_and_rate(place.spec, sizes, time_us)

@@ -36,8 +36,11 @@ def test_each_op_has_one_name_in_records() -> None:
 def test_errors_in_a_records_spec_use_the_names_of_records() -> None:
     data = KernelSpec("decode", 64, "bf16").to_dict()
     for wrong, message in (
-        ({"page_size": 16}, "page_size: got 16; allowed: 0, except for ragged decode"),
-        ({"stats": True}, "stats: got True with op 'decode'; allowed: True only with op forward or ragged decode"),
+        ({"page_size": 16}, "page_size: got 16; allowed: 0, except for decode with per-sequence lengths"),
+        (
+            {"stats": True},
+            "stats: got True with op 'decode'; allowed: True only with op forward or decode with per-sequence lengths",
+        ),
         ({"ragged": True, "causal": True}, "causal: got True with one query per sequence; allowed: False, except with"),
     ):
         with pytest.raises(ArgumentError) as caught:

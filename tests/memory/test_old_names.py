@@ -13,7 +13,7 @@ import pytest
 from cli_samples import dkdv_record
 
 from parallax_gen.errors import ConfigError
-from parallax_gen.memory.old import FIELDS, config_of_record, renamed_json
+from parallax_gen.memory.old import TODAYS_NAMES, config_of_record, renamed_json
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import config_to_dict, config_to_json
 from parallax_gen.ops.dkdv import DkDvConfig
@@ -57,7 +57,7 @@ def test_a_result_replaces_its_row_under_old_names(tmp_path: Path) -> None:
     """A config's JSON is part of a row's identity: a writer updates it, and a reader changes nothing."""
     path = tmp_path / "tuning.db"
     result = dkdv_record(500.0)
-    assert set(FIELDS.values()) & set(config_to_dict(result.config))
+    assert set(TODAYS_NAMES.values()) & set(config_to_dict(result.config))
     with Store(path) as store:
         store.save(result)
     connection = sqlite3.connect(path)
@@ -104,6 +104,6 @@ def test_a_config_tried_by_a_worker_of_an_old_version_is_not_tried_again(monkeyp
 
 
 def _with_old_names(text: str) -> str:
-    for old, new in FIELDS.items():
+    for old, new in TODAYS_NAMES.items():
         text = text.replace(f'"{new}"', f'"{old}"')
     return text

@@ -14,13 +14,13 @@ from strategies import random_spec
 from parallax_gen.errors import ArgumentError, ConfigError
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Evidence, Result, reading_order
-from parallax_gen.ops.base import OPS_BY_NAME, Layout, config_from_dict, config_to_dict, config_to_json
+from parallax_gen.ops.base import OPS_BY_NAME, OpKind, config_from_dict, config_to_dict, config_to_json
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 
-TILED = {op.name: op.config for op in OPS_BY_NAME.values() if op.layout is Layout.TILES}
+TILED = {op.name: op.config for op in OPS_BY_NAME.values() if op.kind is OpKind.TILES}
 
 powers = st.integers(0, 20).map(lambda n: 1 << n)
 specs = st.builds(lambda draw, op: random_spec(draw, op, DTYPES), st.randoms(), st.sampled_from(OPS))

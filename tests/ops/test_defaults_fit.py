@@ -64,7 +64,7 @@ def specs_of(kind: str, head_dim: int, dtype: str) -> list[KernelSpec]:
     if kind == "decode":
         return [KernelSpec("decode", head_dim, dtype, group) for group in (1, 16, 71)]
     if kind.startswith("decode "):
-        return list(decode_layouts(head_dim, dtype, many=kind == "decode many queries"))
+        return list(decode_layouts(head_dim, dtype, many=kind == "decode multi-token"))
     spec = KernelSpec(kind.split()[0], head_dim, dtype, causal=True, stats=kind == "forward stats")
     return [spec, replace(spec, group=4, window=True, varlen=True), replace(spec, causal=False)]
 
@@ -73,7 +73,7 @@ BUCKETS = {
     **dict.fromkeys(("forward", "forward stats", "preprocess", "dkdv", "dqdr"), TRAINED),
     "decode": DECODED,
     "decode own lengths": DECODED,
-    "decode many queries": PREFILLED,
+    "decode multi-token": PREFILLED,
 }
 
 
@@ -124,7 +124,7 @@ def test_decode_needs_at_most_its_bound(tmp_path: Path) -> None:
 def decode_kinds() -> list[KernelSpec]:
     return [
         spec
-        for kind in ("decode", "decode own lengths", "decode many queries")
+        for kind in ("decode", "decode own lengths", "decode multi-token")
         for head_dim in HEAD_DIMS
         for dtype in DTYPES
         for spec in specs_of(kind, head_dim, dtype)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import compatible_flags
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.base import OPS_BY_NAME, KernelConfig, Layout, config_from_dict
+from parallax_gen.ops.base import OPS_BY_NAME, KernelConfig, OpKind, config_from_dict
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.dkdv import DkDvConfig
 from parallax_gen.ops.dqdr import DqDrConfig
@@ -143,7 +143,7 @@ def test_knobs_omit_values_that_a_spec_cannot_use() -> None:
     assert 16 not in values(KernelSpec("forward", 128, "bf16"), "BLOCK_N")
     assert 16 in values(KernelSpec("forward", 128, "fp32"), "BLOCK_N")
     assert 16 in values(KernelSpec("forward", 128, "tf32"), "BLOCK_N")
-    for op in (name for name, op in OPS_BY_NAME.items() if op.layout is Layout.TILES):
+    for op in (name for name, op in OPS_BY_NAME.items() if op.kind is OpKind.TILES):
         assert values(KernelSpec(op, 128, "bf16"), "HEAD_DIM_LAYOUT") == ("native",)
         assert values(KernelSpec(op, 96, "bf16"), "HEAD_DIM_LAYOUT") == ("chunked", "padded")
         assert values(KernelSpec(op, 8, "bf16"), "HEAD_DIM_LAYOUT") == ("padded",)

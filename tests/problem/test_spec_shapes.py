@@ -66,9 +66,10 @@ def test_shapes_and_buckets_round_trip_through_dicts(shape: Shape) -> None:
     assert Bucket.from_dict(bucket.to_dict()) == bucket
 
 
-OF_MANY = "True only with op forward or dkdv or dqdr or ragged decode"
+VARLEN = "decode with per-sequence lengths"
+OF_MANY = "True only with op forward or dkdv or dqdr or decode with per-sequence lengths"
 A_HEAD_DIM = "a multiple of 8 from 8 to 256"
-AN_EIGHT_BIT_CACHE = "'', except for ragged decode with dtype bf16 or fp16"
+AN_EIGHT_BIT_CACHE = "'', except for decode with per-sequence lengths, in bf16 or fp16"
 
 
 @pytest.mark.parametrize(
@@ -94,17 +95,17 @@ AN_EIGHT_BIT_CACHE = "'', except for ragged decode with dtype bf16 or fp16"
         ({"op": "preprocess", "causal": True}, f"causal: got True with op 'preprocess'; allowed: {OF_MANY}"),
         (
             {"op": "dkdv", "stats": True},
-            "stats: got True with op 'dkdv'; allowed: True only with op forward or ragged decode",
+            "stats: got True with op 'dkdv'; allowed: True only with op forward or decode with per-sequence lengths",
         ),
-        ({"leftpad": True}, "leftpad: got True with op 'forward'; allowed: True only with op ragged decode"),
+        ({"leftpad": True}, f"leftpad: got True with op 'forward'; allowed: True only with op {VARLEN}"),
         (
             {"op": "dqdr", "many_queries": True},
-            "many_queries: got True with op 'dqdr'; allowed: True only with op ragged decode",
+            "many_queries: got True with op 'dqdr'; allowed: True only with op decode with per-sequence lengths",
         ),
         ({"op": "decode_varlen", "many_queries": 4}, "many_queries: got 4; allowed: True or False"),
         ({"op": "preprocess", "window": True}, f"window: got True with op 'preprocess'; allowed: {OF_MANY}"),
         ({"window": True}, "window: got True without causal; allowed: True only with causal=True"),
-        ({"page_size": 16}, "page_size: got 16; allowed: 0, except for ragged decode"),
+        ({"page_size": 16}, "page_size: got 16; allowed: 0, except for decode with per-sequence lengths"),
         ({"page_size": -1}, "page_size: got -1; allowed: an int of 1 or more, or 0 for no pages"),
         ({"page_size": True}, "page_size: got True; allowed: an int of 1 or more, or 0 for no pages"),
         ({"cache_dtype": "e4m3"}, f"cache_dtype: got e4m3; allowed: {AN_EIGHT_BIT_CACHE}"),
@@ -120,7 +121,7 @@ AN_EIGHT_BIT_CACHE = "'', except for ragged decode with dtype bf16 or fp16"
         ({"op": "decode", "cache_dtype": None}, "cache_dtype: got None; allowed: , e4m3, e5m2"),
         (
             {"op": "decode_varlen", "causal": True, "varlen": True, "window": True},
-            "varlen: got True with op 'ragged decode'; allowed: True only with many_queries=True",
+            "varlen: got True with op 'decode with per-sequence lengths'; allowed: True only with many_queries=True",
         ),
         (
             {"op": "decode_varlen", "causal": True},
@@ -147,7 +148,7 @@ def test_flags_of_decode_varlen_are_refused_for_decode(name: str) -> None:
     needed |= {"causal": True} if name == "window" else {}
     given = {name: value, **needed}
     assert getattr(KernelSpec("decode_varlen", 96, "bf16", **given), name) == value  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match=r"; allowed: .* (op )?([a-z]+ or )*ragged decode\b") as caught:
+    with pytest.raises(ArgumentError, match=rf"; allowed: .* (op )?([a-z]+ or )*{VARLEN}\b") as caught:
         KernelSpec("decode", 96, "bf16", **given)  # type: ignore[arg-type]
     assert caught.value.argument in given
 
@@ -271,19 +272,19 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
     ("value", "text"),
     [
         (KernelSpec("forward", 128, "bf16", causal=True), "forward, head_dim 128, bf16, MHA, causal"),
-        (KernelSpec("decode_varlen", 64, "fp16", group=4), "decode, head_dim 64, fp16, GQA 4:1, ragged"),
+        (KernelSpec("decode_varlen", 64, "fp16", group=4), "decode, head_dim 64, fp16, GQA 4:1, per-sequence lengths"),
         (
             KernelSpec("decode_varlen", 64, "fp16", page_size=16),
-            "decode, head_dim 64, fp16, MHA, ragged, pages of 16",
+            "decode, head_dim 64, fp16, MHA, per-sequence lengths, pages of 16",
         ),
         (KernelSpec("decode", 96, "tf32"), "decode, head_dim 96, tf32, MHA"),
         (
             KernelSpec("decode_varlen", 64, "bf16", causal=True, window=True),
-            "decode, head_dim 64, bf16, MHA, window, ragged",
+            "decode, head_dim 64, bf16, MHA, window, per-sequence lengths",
         ),
         (
             KernelSpec("decode_varlen", 64, "bf16", many_queries=True),
-            "decode, head_dim 64, bf16, MHA, full, ragged, many queries",
+            "decode, head_dim 64, bf16, MHA, full, per-sequence lengths, multi-token queries",
         ),
         (
             KernelSpec(
@@ -299,12 +300,12 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
                 page_size=48,
                 cache_dtype="e4m3",
             ),
-            "decode, head_dim 8, fp16, GQA 4:1, causal, varlen, stats, ragged, leftpad, many queries, pages of 48, "
-            "e4m3 cache",
+            "decode, head_dim 8, fp16, GQA 4:1, causal, varlen, stats, per-sequence lengths, leftpad, "
+            "multi-token queries, pages of 48, e4m3 cache",
         ),
         (Shape(2, 16, 16, 4096, 4096), "batch 2, heads 16, seqlen 4096"),
         (Shape(2, 16, 4, 1, 4096), "batch 2, heads 16/4, seqlen 1x4096"),
-        (Bucket(8, 1, 4096), "8 kv rows, seqlen 1x4096"),
+        (Bucket(8, 1, 4096), "batch x kv_heads 8, seqlen 1x4096"),
         (KernelSpec("preprocess", 128, "bf16"), "preprocess, head_dim 128, bf16"),
         (KernelSpec("preprocess", 8, "fp32", varlen=True), "preprocess, head_dim 8, fp32, varlen"),
         (KernelSpec("dqdr", 128, "tf32", group=2), "dqdr, head_dim 128, tf32, GQA 2:1, full"),
@@ -313,7 +314,7 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
             "forward, head_dim 96, fp16, MHA, window, varlen, stats",
         ),
         (Shape(2, 16, 16, 4096, 4096, 1000), "batch 2, heads 16, seqlen 4096, window 1000"),
-        (Bucket(8, 2048, 4096, 1024), "8 kv rows, seqlen 2048x4096, window 1024"),
+        (Bucket(8, 2048, 4096, 1024), "batch x kv_heads 8, seqlen 2048x4096, window 1024"),
     ],
 )
 def test_display_texts(value: object, text: str) -> None:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.result import Outcome
 from parallax_gen.ops.base import KernelConfig
-from parallax_gen.tuning.workers.messages import Compile, Measure, MeasureInterleaved, Request, Timing, TrialResult
+from parallax_gen.tuning.workers.messages import (
+    Compile,
+    Measure,
+    MeasureInterleaved,
+    Timing,
+    TrialResult,
+    WorkerRequest,
+)
 
 FINE = Resources(registers=100, spills=0, shared_bytes=1000)
 
@@ -36,7 +43,7 @@ class Machine:
     compiled: list[KernelConfig] = field(default_factory=list)
     measured: list[Measure] = field(default_factory=list)
     interleaved_requests: list[MeasureInterleaved] = field(default_factory=list)
-    on: list[tuple[int, Request]] = field(default_factory=list)  # (device, request), in order
+    on: list[tuple[int, WorkerRequest]] = field(default_factory=list)  # (device, request), in order
     open_workers: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -54,7 +61,7 @@ class FakeWorker:
     def start(self) -> None:
         assert self._open
 
-    def ask(self, request: Request, timeout_s: float) -> TrialResult:
+    def ask(self, request: WorkerRequest, timeout_s: float) -> TrialResult:
         assert timeout_s > 0
         machine = self._machine
         if isinstance(request, Compile):

@@ -137,7 +137,7 @@ def test_decode_is_split_by_lengths_and_pages() -> None:
     spec = KernelSpec("decode", 128, "bf16")
     paged = dataclasses.replace(spec, op="decode_varlen", page_size=16)
     kinds = [kind_of(kind_spec) for kind_spec in (spec, dataclasses.replace(spec, op="decode_varlen"), paged, SPEC)]
-    assert kinds == ["decode", "decode, ragged", "decode, ragged, paged", "forward"]
+    assert kinds == ["decode", "decode, per-sequence lengths", "decode, per-sequence lengths, paged", "forward"]
 
 
 def test_sweeps_records_and_databases_are_read(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_devices_work_concurrently_on_their_own_jobs(store: Store, machine: Mach
 
     machine.measure = measure
     done, _ = tune_all(store, machine, JOBS[:2], 2, trials=4)
-    assert [progress.kinds for progress in done] == [{"ok": 4}] * 2
+    assert [progress.outcomes for progress in done] == [{"ok": 4}] * 2
     shapes = {
         device: {r.trial.shape for d, r in machine.on if d == device and isinstance(r, Measure)} for device in (0, 1)
     }
@@ -113,7 +113,7 @@ def test_the_next_job_is_compiled_while_one_is_measured(store: Store, machine: M
 
     machine.compile, machine.measure = compile, measure
     done, _ = tune_all(store, machine, JOBS[:2], 1, trials=4)
-    assert [progress.kinds for progress in done] == [{"ok": 4}] * 2
+    assert [progress.outcomes for progress in done] == [{"ok": 4}] * 2
 
 
 def test_equal_sources_are_not_compiled_concurrently(store: Store, machine: Machine) -> None:
@@ -146,7 +146,7 @@ def test_a_failed_trial_affects_no_other(store: Store, machine: Machine) -> None
         results = store.results(progress.job.place)
         assert len(results) == progress.done == 20
         assert {r.config for r in results if r.outcome == "crash"} == {r.config for r in results} & bad
-        assert len(progress.kinds) == 2
+        assert len(progress.outcomes) == 2
 
 
 # -- interleaved finals

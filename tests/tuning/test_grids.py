@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import bucket_of
-from parallax_gen.problem.workloads import GRIDS, OFFICIAL, SERVING, Flags
+from parallax_gen.problem.workloads import GRIDS, PARALLAX_KERNEL, SERVING, Flags
 from parallax_gen.tuning.job import grid_jobs
 
 
 def test_the_official_grid_has_216_shapes_minus_those_over_2_gib() -> None:
-    assert len(OFFICIAL) == len(set(OFFICIAL)) == 207
-    assert all(shape.batch == shape.group == 1 for _, shape in OFFICIAL)
-    assert max(2 * shape.heads * shape.seqlen_kv * head_dim for head_dim, shape in OFFICIAL) == 2**31
+    assert len(PARALLAX_KERNEL) == len(set(PARALLAX_KERNEL)) == 207
+    assert all(shape.batch == shape.group == 1 for _, shape in PARALLAX_KERNEL)
+    assert max(2 * shape.heads * shape.seqlen_kv * head_dim for head_dim, shape in PARALLAX_KERNEL) == 2**31
 
 
 def test_the_serving_grid_fits_a_card_of_80_gb() -> None:

@@ -116,7 +116,7 @@ def test_the_tuner_waits_for_memory_of_other_processes(
 
     machine.measure = measure
     (progress,) = tune(store, [JOB])
-    assert progress.kinds == {"ok": 4}
+    assert progress.outcomes == {"ok": 4}
     assert requests[:3] == [requests[0]] * 3
 
     def never(config: KernelConfig, n: int) -> TrialResult:

@@ -125,7 +125,7 @@ def test_all_are_timed_again_and_close_ones_are_interleaved(store: Store, machin
         record(OTHERS[2], 1.0, replace(JOB.place, gpu="h100")),
     )
     (progress,) = refresh(memory, JOB)
-    assert progress.kinds == {"ok": 4}
+    assert progress.outcomes == {"ok": 4}
     assert {request.trial.config for request in machine.measured} == set(us)
     (turns,) = machine.interleaved_requests
     assert [trial.config for trial in turns.trials] == [OTHERS[0], OTHERS[1], DEFAULT]  # 10.6 is not within 5 %

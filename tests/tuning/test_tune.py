@@ -51,7 +51,7 @@ def tune(store: Store, job: Job = JOB, *, measure: bool = True, trials: int = 8,
 
 def test_compiling_and_ranking_for_an_absent_gpu(store: Store) -> None:
     progress = tune(store, measure=False, trials=3)
-    assert progress.kinds == {"predicted": 3}
+    assert progress.outcomes == {"predicted": 3}
     results = store.results(JOB.place)
     assert len(results) == 3
     for result in results:
@@ -72,7 +72,7 @@ def test_compiling_and_ranking_a_backward_kernel(store: Store) -> None:
     spec = KernelSpec("dkdv", 96, "fp16", group=2, causal=True, window=True)
     job = Job(spec, Bucket(4, 512, 512, 256), GPU)
     progress = tune(store, job, measure=False, trials=2)
-    assert progress.kinds == {"predicted": 2}
+    assert progress.outcomes == {"predicted": 2}
     results = store.results(job.place)
     assert default_config(spec, job.shape, GPU) in [r.config for r in results]
     assert all(r.place.bucket.window == r.shape.window == 256 for r in results if r.shape)
@@ -102,7 +102,7 @@ def test_every_outcome_is_stored_with_its_kind(store: Store, machine: Machine) -
     machine.compile = lambda config, n: compiles.get(n, TrialResult(Outcome.OK, resources=FINE))
     machine.measure = lambda config, n: measures.get(n, timed(50.0))
     progress = tune(store, trials=13)
-    assert progress.kinds == {
+    assert progress.outcomes == {
         "compile": 1,
         "timeout": 2,
         "crash": 2,
@@ -198,7 +198,7 @@ def test_without_a_working_config_there_is_no_best(store: Store, machine: Machin
     machine.compile = lambda config, n: TrialResult(Outcome.CRASH, "out of luck")
     progress = tune(store, trials=5)
     assert progress.best is None
-    assert progress.kinds == {"crash": 5}
+    assert progress.outcomes == {"crash": 5}
     assert not machine.measured
 
 

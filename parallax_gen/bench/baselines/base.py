@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from parallax_gen.codegen.abi import Inputs
 
-Call = Callable[[], "Tensor"]  # returns a tensor like q
+AttentionCall = Callable[[], "Tensor"]  # returns a tensor like q
 
 NO_LENGTHS = "no per-sequence lengths"
 CALLS_PER_CONFIG = 3  # timed by Triton's autotuners with Effort.few_calls
@@ -38,7 +38,7 @@ class SingleOutput:
     """A forward or a decode bound to inputs: one call with one output."""
 
     op: str
-    call: Call
+    call: AttentionCall
 
     @property
     def parts(self) -> dict[str, Callable[[], object]]:
@@ -58,7 +58,7 @@ class Step:
     restore  converts an output or a gradient to the layout of `Inputs`
     """
 
-    attend: Call
+    attend: AttentionCall
     inputs: tuple[Tensor, ...]
     do: Tensor
     restore: Callable[[Tensor], Tensor] = lambda x: x
@@ -108,8 +108,8 @@ class Baseline:
     """
 
     name: str
-    forward: Callable[[KernelSpec, Inputs], Call] | None = None
-    decode: Callable[[KernelSpec, Inputs], Call] | None = None
+    forward: Callable[[KernelSpec, Inputs], AttentionCall] | None = None
+    decode: Callable[[KernelSpec, Inputs], AttentionCall] | None = None
     step: Callable[[KernelSpec, Inputs], Step] | None = None
     softmax: bool = False
     softcap: bool = False
@@ -143,7 +143,7 @@ class Baseline:
                 versions.append(f"{name} {metadata.version(name)}")
         return ", ".join([*versions, *filter(None, [self.setting()])])
 
-    def _function(self, op: str) -> Callable[[KernelSpec, Inputs], Call] | None:
+    def _function(self, op: str) -> Callable[[KernelSpec, Inputs], AttentionCall] | None:
         return {"forward": self.forward, "decode": self.decode}[op]
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from parallax_gen.bench.baselines.base import (
     NO_LENGTHS,
+    AttentionCall,
     Baseline,
-    Call,
     Step,
     gradient_of_output,
     leaves,
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from parallax_gen.codegen.abi import Inputs
 
 
-def forward(spec: KernelSpec, x: Inputs) -> Call:
+def forward(spec: KernelSpec, x: Inputs) -> AttentionCall:
     return _attention(spec, x, x.q, x.r, x.k, x.v)
 
 
-def decode(spec: KernelSpec, x: Inputs) -> Call:
+def decode(spec: KernelSpec, x: Inputs) -> AttentionCall:
     fla = importlib.import_module("fla.ops.parallax.decode")
     refuse_unsupported(spec, lengths=NO_LENGTHS)
     return lambda: fla.parallax_decode_one_step(x.q, x.r, x.k, x.v)
@@ -38,7 +38,7 @@ def step(spec: KernelSpec, x: Inputs) -> Step:
     return Step(_attention(spec, x, q, r, k, v), (q, r, k, v), gradient_of_output(x))
 
 
-def _attention(spec: KernelSpec, x: Inputs, *qrkv: Tensor) -> Call:
+def _attention(spec: KernelSpec, x: Inputs, *qrkv: Tensor) -> AttentionCall:
     fla = importlib.import_module("fla.ops.parallax.parallel")
     require_dense_causal(spec)
     return lambda: fla.parallel_parallax(*qrkv, window_size=x.window_size or None)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from parallax_gen.bench.baselines.base import (
     NO_LENGTHS,
+    AttentionCall,
     Baseline,
-    Call,
     Step,
     gradient_of_output,
     leaves,
@@ -36,21 +36,21 @@ class Flash:
     no_window: int | None
     page_table_name: str
 
-    def attention(self, spec: KernelSpec, x: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    def attention(self, spec: KernelSpec, x: Inputs, q: Tensor, k: Tensor, v: Tensor) -> AttentionCall:
         """With the window and the softcap of x. Raises ImportError or NotImplementedError."""
         attend = self._function("flash_attn_func")
         _check_supported(spec)
         options = self._options(spec, x)
         return lambda: _output(attend(q, k, v, **options))
 
-    def forward(self, spec: KernelSpec, x: Inputs) -> Call:
+    def forward(self, spec: KernelSpec, x: Inputs) -> AttentionCall:
         return self.attention(spec, x, x.q, x.k, x.v)
 
     def step(self, spec: KernelSpec, x: Inputs) -> Step:
         q, k, v = leaves(x.q, x.k, x.v)
         return Step(self.attention(spec, x, q, k, v), (q, k, v), gradient_of_output(x))
 
-    def decode(self, spec: KernelSpec, x: Inputs) -> Call:
+    def decode(self, spec: KernelSpec, x: Inputs) -> AttentionCall:
         """Raises ImportError or NotImplementedError."""
         if not self.page_table_name:
             return self._decode_without_cache(spec, x)
@@ -63,7 +63,7 @@ class Flash:
         options |= {name: tensor for name, tensor in cache.items() if tensor is not None}
         return lambda: _output(attend(x.q, x.k, x.v, **options))
 
-    def _decode_without_cache(self, spec: KernelSpec, x: Inputs) -> Call:
+    def _decode_without_cache(self, spec: KernelSpec, x: Inputs) -> AttentionCall:
         """Decode as a forward over few queries, with splits if supported."""
         attend = self._function("flash_attn_func")
         _check_supported(spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from parallax_gen.bench.baselines.base import Baseline, Call, Step, gradient_of_output, leaves
+from parallax_gen.bench.baselines.base import AttentionCall, Baseline, Step, gradient_of_output, leaves
 from parallax_gen.problem.spec import KernelSpec
 
 if TYPE_CHECKING:
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from parallax_gen.codegen.abi import Inputs
 
 
-def attention(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, stats: bool = False) -> Call:
+def attention(
+    spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, stats: bool = False
+) -> AttentionCall:
     """The public function on these tensors, with the lengths and the window of x."""
     from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
 
@@ -33,7 +35,7 @@ def attention(spec: KernelSpec, x: Inputs, q: Tensor, r: Tensor, k: Tensor, v: T
     return call
 
 
-def cached_attention(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Call:
+def cached_attention(spec: KernelSpec, x: Inputs, out: Tensor | None) -> AttentionCall:
     """The public function on the inputs of a decode kernel; writes to `out`, or allocates an output."""
     from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
 
@@ -61,11 +63,11 @@ def cached_attention(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Call:
     return call
 
 
-def forward(spec: KernelSpec, x: Inputs) -> Call:
+def forward(spec: KernelSpec, x: Inputs) -> AttentionCall:
     return attention(spec, x, x.q, x.r, x.k, x.v, stats=spec.stats)
 
 
-def decode(spec: KernelSpec, x: Inputs) -> Call:
+def decode(spec: KernelSpec, x: Inputs) -> AttentionCall:
     import torch
 
     return cached_attention(spec, x, torch.empty_like(x.q))

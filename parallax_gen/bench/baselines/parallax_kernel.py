@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from parallax_gen.bench.baselines.base import (
     NO_LENGTHS,
+    AttentionCall,
     Baseline,
-    Call,
     Step,
     gradient_of_output,
     leaves,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HELION_EFFORT = "HELION_AUTOTUNE_EFFORT"
 
 
-def cutedsl_decode(spec: KernelSpec, x: Inputs) -> Call:
+def cutedsl_decode(spec: KernelSpec, x: Inputs) -> AttentionCall:
     import torch
 
     package = importlib.import_module("parallax.cute")
@@ -58,13 +58,13 @@ def _clear_input_cache() -> None:
         cache.clear()
 
 
-def triton_decode(spec: KernelSpec, x: Inputs) -> Call:
+def triton_decode(spec: KernelSpec, x: Inputs) -> AttentionCall:
     package = importlib.import_module("parallax.triton")
     refuse_unsupported(spec, lengths=NO_LENGTHS)
     return lambda: package.parallax_decode(x.q, x.r, x.k, x.v)
 
 
-def triton_forward(spec: KernelSpec, x: Inputs) -> Call:
+def triton_forward(spec: KernelSpec, x: Inputs) -> AttentionCall:
     package = importlib.import_module("parallax.triton")
     require_dense_causal(spec)
     batch = x.q.shape[0]
@@ -85,13 +85,13 @@ def import_helion() -> ModuleType:
     return importlib.import_module("parallax.helion")
 
 
-def helion_decode(spec: KernelSpec, x: Inputs) -> Call:
+def helion_decode(spec: KernelSpec, x: Inputs) -> AttentionCall:
     package = import_helion()
     refuse_unsupported(spec, lengths=NO_LENGTHS)
     return lambda: package.parallax_decode(x.q, x.r, x.k, x.v)
 
 
-def helion_forward(spec: KernelSpec, x: Inputs) -> Call:
+def helion_forward(spec: KernelSpec, x: Inputs) -> AttentionCall:
     package = import_helion()
     require_dense_causal(spec)
     # Its layout is (batch, heads, seqlen, head_dim): inputs are copied once, and the copy is not timed.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from parallax_gen.bench.baselines.base import (
     NO_LENGTHS,
+    AttentionCall,
     Baseline,
-    Call,
     Step,
     gradient_of_output,
     leaves,
@@ -28,7 +28,7 @@ class Sdpa:
 
     backend: str
 
-    def attention(self, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    def attention(self, spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> AttentionCall:
         """Inputs are (batch, seqlen, heads, head_dim). Raises NotImplementedError."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
@@ -46,7 +46,7 @@ class Sdpa:
 
         return call
 
-    def call(self, spec: KernelSpec, x: Inputs) -> Call:
+    def call(self, spec: KernelSpec, x: Inputs) -> AttentionCall:
         return self.attention(spec, x.q, x.k, x.v)
 
     def step(self, spec: KernelSpec, x: Inputs) -> Step:

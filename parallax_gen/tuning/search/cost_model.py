@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Layout, Op, op_of
+from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Op, OpKind, op_of
 from parallax_gen.ops.decode_form import DecodeConfig
 from parallax_gen.ops.preprocess import PreprocessConfig
-from parallax_gen.ops.tiles import TileConfig, TiledOp
+from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -29,7 +29,7 @@ PROGRAM_US = 1.5  # a program's prologue and epilogue, while other programs wait
 def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, resources: Resources) -> float:
     """The predicted microseconds of a call."""
     op, max_resident = op_of(spec), resident_programs(config, gpu, resources)
-    time = _TIMES[op.layout](op, spec, config, shape, gpu, max_resident)
+    time = _TIMES[op.kind](op, spec, config, shape, gpu, max_resident)
     return LAUNCH_US + time * (1 + resources.spills / op.costs.spill_bytes)
 
 
@@ -52,17 +52,16 @@ def _tiles_us(
 ) -> float:
     """Tiled ops: bound by matmuls, at a rate reduced by whatever keeps the tensor cores waiting."""
     work, (owned, streamed) = work_of(spec, shape), op.owned_and_streamed(config)
-    rows, owned_length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
-    halves = config.HEAD_DIM_LAYOUT == "split"
-    programs_per_head = (2 if halves else 1) * math.ceil(owned_length / owned)
-    programs = shape.batch * rows * programs_per_head
+    owned_heads, owned_length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
+    programs_per_head = programs_per_tile(config) * math.ceil(owned_length / owned)
+    programs = shape.batch * owned_heads * programs_per_head
     rate = op.costs.reached * gpu.peak(spec.dtype) * _matmul_efficiency(op, spec, config, gpu)
     rate *= op.instructions_factor(spec, config)
     # One program must multiply while another does its softmax: the warps of one program wait for each other.
     resident = min(max_resident, math.ceil(programs / gpu.sms))
     rate *= {1: 0.85 if config.num_warps == 4 else 1.0, 2: 1.08}.get(resident, 1.13)
     rate *= {1: 0.72, 2: 0.9, 4: 1.01}.get(config.num_stages, 1.0)  # too few stages: loads arrive late
-    heads = min(config.GROUP_HEADS or shape.batch * rows, shape.batch * rows)
+    heads = min(config.GROUP_HEADS or shape.batch * owned_heads, shape.batch * owned_heads)
     # Data that tiles share (q, r and do of a group's heads, or k and v) is evicted from L2 before all have read it.
     row_elements, key_elements = (
         3 * shape.seqlen_q * heads * spec.group,
@@ -77,7 +76,7 @@ def _tiles_us(
             2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q
         )
         rate *= keys_per_query / (keys_per_query + (owned + streamed) / (1 if shape.window else 2))
-    # The last wave takes as long as a full one even with few programs; causal launches end with short rows.
+    # A last wave of few programs takes as long as a full one, but long causal launches end with short rows.
     waves = programs / (gpu.sms * max_resident)
     idle = 1.0 if spec.causal and waves > 2 else math.ceil(waves) / waves
     return max(work.flops / rate * idle, work.bytes / gpu.bandwidth) * 1e6
@@ -126,7 +125,8 @@ def _cache_us(
     splits = math.ceil(steps / longest) if op.per_sequence_lengths else config.NUM_SPLITS
     tiles = shape.batch * shape.kv_heads * math.ceil(spec.group * shape.seqlen_q / config.BLOCK_H)
     step_bytes = 2 * spec.head_dim * spec.cache_bytes * config.BLOCK_N
-    # Keys per warp: few need many sums across threads, many need registers. chain_us: a step's dependent operations.
+    # Few keys per warp need many sums across threads, many keys need many registers. chain_us: the latency of a step's
+    # dependent operations.
     keys = config.BLOCK_N / config.num_warps
     chain_us = 0.5 + 0.2 * keys / 32 + 0.1 * math.log2(config.num_warps)
 
@@ -144,19 +144,19 @@ def _cache_us(
     stream += PROGRAM_US * math.ceil(per_sm / max_resident)
     if config.merge == "none" or (op.per_sequence_lengths and splits == 1):
         return stream
-    vectors = splits * 2 * spec.head_dim * 4  # bytes of split-KV scratch per query head, written and read
-    stream += 2 * shape.batch * shape.heads * shape.seqlen_q * vectors / gpu.bandwidth * 1e6
+    state_bytes = splits * 2 * spec.head_dim * 4  # of split-KV scratch per query head, written and then read
+    stream += 2 * shape.batch * shape.heads * shape.seqlen_q * state_bytes / gpu.bandwidth * 1e6
     if config.merge == "kernel":
         return stream + LAUNCH_US
     # The last split merges head by head. One program loads some 40 KB per microsecond, less with loops.
     heads = min(spec.group * shape.seqlen_q, config.BLOCK_H)
-    return stream + LATENCY_US + heads * (0.2 + vectors / op.costs.merge_bytes_us)
+    return stream + LATENCY_US + heads * (0.2 + state_bytes / op.costs.merge_bytes_us)
 
 
-_TIMES: dict[Layout, Callable[[Any, KernelSpec, Any, Shape, Gpu, int], float]] = {
-    Layout.TILES: _tiles_us,
-    Layout.ROWS: _rows_us,
-    Layout.CACHE: _cache_us,
+_TIMES: dict[OpKind, Callable[[Any, KernelSpec, Any, Shape, Gpu, int], float]] = {
+    OpKind.TILES: _tiles_us,
+    OpKind.ROWS: _rows_us,
+    OpKind.CACHE: _cache_us,
 }
 
 
@@ -166,7 +166,7 @@ _TIMES: dict[Layout, Callable[[Any, KernelSpec, Any, Shape, Gpu, int], float]] =
 # are off by about 20 of 255, spills by a factor of two. The guess ranks configs nearly as well as the compiled
 # resources do.
 
-POSTPONED = 100  # registers for decode's keys and values, whose loads are delayed if they do not fit
+POSTPONED = 100  # decode may lack this many registers without spills: it then loads keys and values later
 
 
 def guess_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> float:
@@ -175,14 +175,14 @@ def guess_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> 
 
 
 def sorted_by_guess(spec: KernelSpec, shape: Shape, gpu: Gpu, configs: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """The configs, fastest first by the model."""
+    """The configs, those with the shortest guessed time first."""
     return sorted(configs, key=lambda config: guess_us(spec, config, shape, gpu))
 
 
 def guess_resources(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> Resources:
     """The guessed registers, spills and shared memory of a valid config."""
     op = op_of(spec)
-    return _GUESSES[op.layout](op, spec, config, gpu)
+    return _GUESSES[op.kind](op, spec, config, gpu)
 
 
 def _guess_rows(op: Op[PreprocessConfig], spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> Resources:
@@ -218,8 +218,8 @@ def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, 
     return Resources(int(min(needed, max_registers)), int(op.costs.spilled * lacking), shared)
 
 
-_GUESSES: dict[Layout, Callable[[Any, KernelSpec, Any, Gpu], Resources]] = {
-    Layout.TILES: _guess_tiles,
-    Layout.ROWS: _guess_rows,
-    Layout.CACHE: _guess_cache,
+_GUESSES: dict[OpKind, Callable[[Any, KernelSpec, Any, Gpu], Resources]] = {
+    OpKind.TILES: _guess_tiles,
+    OpKind.ROWS: _guess_rows,
+    OpKind.CACHE: _guess_cache,
 }

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.bounds import shown
-from parallax_gen.memory.old import FIELDS, config_of_record, upgrade_record
+from parallax_gen.memory.old import TODAYS_NAMES, config_of_record, upgrade_record
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Evidence, Result
 from parallax_gen.ops.base import KernelConfig, op_of
@@ -40,7 +40,7 @@ COLUMNS = ("outcome", "time_us", "registers", "spills", "shared_bytes", "compile
 
 @dataclass(frozen=True)
 class Sweep:
-    """The results of one place, of one shape and toolchain. whole: whether every config of the space then has one."""
+    """The results of one place, shape and toolchain. whole: whether every config of the space of that time has one."""
 
     results: tuple[Result, ...]
     whole: bool
@@ -172,7 +172,7 @@ def _header(data: object) -> dict[str, Any]:
     place = Place.from_flat(data["place"])
     # A file from before a knob was added has no column for it, and its configs have the knob's default.
     needed = {f.name for f in fields(op_of(place.spec).config) if f.default is MISSING}
-    columns = [FIELDS.get(name, name) if isinstance(name, str) else name for name in data["columns"]]
+    columns = [TODAYS_NAMES.get(name, name) if isinstance(name, str) else name for name in data["columns"]]
     knobs = [name for name in _names(place) if name in needed or name in columns]
     if columns != [*knobs, *COLUMNS]:
         raise ArgumentError("columns", shown(data["columns"]), str([*_names(place), *COLUMNS]))
@@ -203,9 +203,9 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
 
 # -- Searches simulated on recorded sweeps, without a GPU: after how many trials each sampler is near the best config.
 
-OURS = "ours"  # the tuner's strategy: the default config first, then the default sampler
-STRATEGIES = (OURS, *SAMPLERS)
-NEAR = 0.02  # of the best time: two measurements of one config may differ by this much
+TUNERS = "ours"  # the strategy of the tuner: the default config first, then the default sampler
+STRATEGIES = (TUNERS, *SAMPLERS)
+NEAR = 0.02  # a regret: two measurements of one config may differ by this fraction
 
 
 @dataclass(frozen=True)
@@ -253,10 +253,10 @@ def regrets(sweep: Sweep, strategy: str, seed: int, trials: int) -> list[float]:
     search = Search(
         place.spec,
         gpu,
-        first=[default_config(place.spec, shape, gpu)] if strategy == OURS else [],
+        first=[default_config(place.spec, shape, gpu)] if strategy == TUNERS else [],
         seed=seed,
         guess=lambda config: guess_us(place.spec, config, shape, gpu),
-        sampler=None if strategy == OURS else strategy,
+        sampler=None if strategy == TUNERS else strategy,
         among=costs,
     )
     regrets_so_far: list[float] = []

@@ -31,7 +31,7 @@ from parallax_gen.errors import (
     machine_error,
 )
 from parallax_gen.memory.result import Outcome
-from parallax_gen.ops.base import Layout, op_of
+from parallax_gen.ops.base import OpKind, op_of
 from parallax_gen.ops.space import timed_lengths
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -44,9 +44,9 @@ from parallax_gen.tuning.workers.messages import (
     Measure,
     MeasureInterleaved,
     Ready,
-    Request,
     Trial,
     TrialResult,
+    WorkerRequest,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def serve(*, device: bool) -> None:
         reply(partial(answer, request))
 
 
-def answer(request: Request | Identify) -> TrialResult | Gpu | None:
+def answer(request: WorkerRequest | Identify) -> TrialResult | Gpu | None:
     """The reply to a request. Raises an error that `machine_error` recognises if the machine is at fault."""
     start = time.monotonic()
     if isinstance(request, Identify):
@@ -207,7 +207,7 @@ def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected
 
     It runs only once for kernels of a training step that are measured one after the other.
     """
-    if op_of(spec).layout is not Layout.TILES:
+    if op_of(spec).kind is not OpKind.TILES:
         return _inputs_and_oracle_of_one(spec, shape)
     step = _training_step(step_spec(spec), shape)
     return step.inputs, step.expected(spec)

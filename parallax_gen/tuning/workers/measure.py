@@ -29,16 +29,16 @@ from parallax_gen.tuning.workers.messages import Timing
 # memory took a fifth longer on an H100. Capturing a graph frees the memory of the check before it. So if that was much,
 # the timing of kernels bound by memory waits.
 #
-# Bursts, several batches and this wait were added without raising the version: a tune begins with the configs that
-# ship for its bucket, and its finals time the leading config again, so that an old time never beats a new one.
+# Bursts, several batches and this wait were added without raising the version: a tune begins with its bucket's shipped
+# configs, and its finals time the fastest config again, so that an old time never beats a new one.
 CALLS_PER_GRAPH = 20
-GRAPH_US = 2000.0  # of a graph's calls together: of calls above GRAPH_US / CALLS_PER_GRAPH a graph has fewer
-WARM_MS = 5.0
-PAUSE_S = 0.05
+GRAPH_US = 2000.0  # a graph has fewer calls than CALLS_PER_GRAPH if these would take longer than this
+WARM_MS = 5.0  # of replays before the timed ones
+PAUSE_S = 0.05  # before each burst
 BURST_MS = 20.0
 MIN_REPLAYS, MAX_REPLAYS = 7, 200
-ROUNDS = 3
-SETTLE_BYTES = 2**30
+ROUNDS = 3  # of an interleaved timing
+SETTLE_BYTES = 2**30  # freed bytes after which a timing waits
 SETTLE_S = 0.3
 
 
@@ -153,13 +153,13 @@ def time_eagerly(call: Callable[[], object], calls: int) -> Timing:
 
 def event_times_us(call: Callable[[], object], count: int) -> list[float]:
     """Microseconds on the current stream that each of `count` back-to-back calls takes."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
         call()
-        mark.record()
-    marks[-1].synchronize()
-    return [float(a.elapsed_time(b)) * 1000 for a, b in itertools.pairwise(marks)]
+        event.record()
+    events[-1].synchronize()
+    return [float(a.elapsed_time(b)) * 1000 for a, b in itertools.pairwise(events)]
 
 
 def _timing(times: list[float], calls_per_graph: int) -> Timing:

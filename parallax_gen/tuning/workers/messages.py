@@ -96,4 +96,4 @@ class TrialResult:
     timings: tuple[Timing, ...] = ()
 
 
-Request = Compile | Measure | MeasureInterleaved
+WorkerRequest = Compile | Measure | MeasureInterleaved

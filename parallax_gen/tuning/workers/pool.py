@@ -1,4 +1,4 @@
-"""The tuner's child processes, each served by a thread: some compile, one per device measures, replies share a queue.
+"""The tuner's child processes: some compile, and one per device measures. A thread serves each; replies share a queue.
 
 Also counts the CPUs that are usable for compiling.
 """
@@ -21,7 +21,7 @@ from parallax_gen.errors import MemoryTakenError
 from parallax_gen.memory.result import Outcome
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.workers.messages import Compile, MeasureInterleaved, Request, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, MeasureInterleaved, TrialResult, WorkerRequest
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class WorkerProtocol(Protocol):
 
     def start(self) -> None: ...
 
-    def ask(self, request: Request, timeout_s: float) -> TrialResult: ...
+    def ask(self, request: WorkerRequest, timeout_s: float) -> TrialResult: ...
 
     def kill(self) -> None: ...
 
@@ -58,7 +58,7 @@ class Answer:
     """The reply to a request of `owner` (a run's number); device is None for a compilation."""
 
     owner: int
-    request: Request
+    request: WorkerRequest
     reply: TrialResult
     device: int | None = None
 
@@ -74,7 +74,9 @@ class Pool:
         self.compilers = len(compilers)
         self._answers: SimpleQueue[tuple[Answer, str] | BaseException] = SimpleQueue()
         self._to_compile: SimpleQueue[_Compilation | None] = SimpleQueue()
-        self._to_measure: dict[int, SimpleQueue[tuple[int, Request] | None]] = {d: SimpleQueue() for d in measuring}
+        self._to_measure: dict[int, SimpleQueue[tuple[int, WorkerRequest] | None]] = {
+            d: SimpleQueue() for d in measuring
+        }
         self._held: dict[str, deque[_Compilation]] = {}  # source being compiled -> requests that wait for it
         self._forgotten: set[int] = set()
         self._workers: list[WorkerProtocol] = []
@@ -87,7 +89,7 @@ class Pool:
             self._start_thread(compiler, self._compile_all, compiler)
 
     def compile(self, owner: int, source: str, request: Compile) -> None:
-        """Queue a compilation; trials that render the same source have equal `source`."""
+        """Queue a compilation. source: a key, equal for trials that render the same source."""
         compilation = _Compilation(owner, source, request)
         if source in self._held:
             self._held[source].append(compilation)
@@ -95,7 +97,7 @@ class Pool:
             self._held[source] = deque()
             self._to_compile.put(compilation)
 
-    def measure(self, owner: int, device: int, request: Request) -> None:
+    def measure(self, owner: int, device: int, request: WorkerRequest) -> None:
         """Queue a request for a device, which handles one at a time."""
         self._to_measure[device].put((owner, request))
 
@@ -149,7 +151,7 @@ class Pool:
         finally:
             worker.close()
 
-    def _ask(self, worker: WorkerProtocol, request: Request, timeout_s: float) -> TrialResult:
+    def _ask(self, worker: WorkerProtocol, request: WorkerRequest, timeout_s: float) -> TrialResult:
         """A worker's reply. Retries MEMORY_WAITS_S times while other processes hold the memory that it needs."""
         for wait_s in MEMORY_WAITS_S:
             try:
@@ -166,7 +168,7 @@ class Pool:
             forgotten = compilation.owner in self._forgotten
             reply = (
                 TrialResult(Outcome.CRASH, "given up")
-                if forgotten
+                if forgotten  # nobody reads this reply
                 else self._ask(worker, compilation.request, COMPILE_TIMEOUT_S)
             )
             self._answers.put((Answer(compilation.owner, compilation.request, reply), compilation.source))
