@@ -72,7 +72,9 @@ def check_cached(request: CacheRequest, out: Tensor | None, return_state: bool) 
 
 
 def check_four_byte_alignment(request: CacheRequest) -> None:
-    """Check that 8-bit caches can be read four elements at a time. Runs in every call: a plan's key has no offsets.
+    """Check that 8-bit caches can be read four elements at a time.
+
+    Runs in every call, because the key of a plan lacks storage offsets.
 
     torch.compile cannot trace offsets either; there the operator checks them when it runs.
     """
@@ -151,10 +153,9 @@ def refuse_cache_tangents(request: CacheRequest) -> None:
 def _check_tensors(request: CacheRequest) -> None:
     q = request.q
     packed, paged = request.cu_seqlens_q is not None, request.page_table is not None
-    rows = ("total_q", "heads", "head_dim") if packed else ("batch", "seqlen_q", "heads", "head_dim")
-    keys = ("pages", "page_size") if paged else ("batch", "seqlen")
-    layouts = {"q": rows, "r": rows, "k_cache": (*keys, "kv_heads", "head_dim")}
-    layouts["v_cache"] = layouts["k_cache"]
+    query_dims = ("total_q", "heads", "head_dim") if packed else ("batch", "seqlen_q", "heads", "head_dim")
+    cache_dims = (*(("pages", "page_size") if paged else ("batch", "seqlen")), "kv_heads", "head_dim")
+    layouts = {"q": query_dims, "r": query_dims, "k_cache": cache_dims, "v_cache": cache_dims}
     for name, layout in layouts.items():
         tensor = getattr(request, name)
         if not isinstance(tensor, Tensor):

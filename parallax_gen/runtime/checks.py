@@ -12,7 +12,8 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.requests import DTYPE_NAMES, INPUTS, MAX_ROW_STRIDE, Request, inputs_of
 
-SMALLEST, LARGEST = 1e-18, 1e18  # of softmax_scale and softcap: their quotient is a normal number of fp32
+# The bounds of softmax_scale and softcap: their quotient is a normal number of fp32.
+SMALLEST_SCALE, LARGEST_SCALE = 1e-18, 1e18
 
 
 def check_numbers(causal: bool, window: int | None, softmax_scale: float | None, softcap: float | None) -> None:
@@ -95,8 +96,9 @@ def check_flag(name: str, flag: bool) -> None:
 def _check_positive(name: str, value: float | None, otherwise: str = "") -> None:
     """Check a number that kernels multiply scores by, or divide them by: in fp32 neither may overflow."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (is_number and SMALLEST <= value <= LARGEST):
-        raise ArgumentError(name, f"{value!r:.80}", f"a float or int from {SMALLEST:g} to {LARGEST:g}{otherwise}")
+    if value is not None and not (is_number and SMALLEST_SCALE <= value <= LARGEST_SCALE):
+        allowed = f"a float or int from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}{otherwise}"
+        raise ArgumentError(name, f"{value!r:.80}", allowed)
 
 
 def is_int(value: object) -> bool:

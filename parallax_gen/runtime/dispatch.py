@@ -33,8 +33,8 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The config that a call uses, and the record that it comes from.
+class DispatchChoice:
+    """The config that a call at a place uses, and the record that it comes from.
 
     checked, refused  see memory/guard.py
     """
@@ -56,11 +56,11 @@ class Choice:
 
 def choose(
     spec: KernelSpec, shape: Shape, gpu: Gpu, memory: RecordSource, compiled: CompiledResources | None = None
-) -> Choice:
+) -> DispatchChoice:
     """The config that a call uses: see memory/ranking.py and memory/guard.py."""
     place = Place(gpu.name, spec, bucket_of(shape))
     best_safe = checked_choice(place, gpu, memory, compiled)
-    choice = Choice(place, best_safe.candidate, best_safe.checked, best_safe.refused)
+    choice = DispatchChoice(place, best_safe.candidate, best_safe.checked, best_safe.refused)
     for refused, reason in best_safe.refused:
         _LOG.info("%s; %s: %s is not used: %s", spec, place.bucket, describe(refused.config), reason)
     record, message = choice.record, choice.candidate.tier.text
@@ -75,7 +75,7 @@ class Dispatcher:
 
     def __init__(self, memory: RecordSource):
         self._memory = memory
-        self._kernels: dict[Place, tuple[Choice, ModuleType]] = {}
+        self._kernels: dict[Place, tuple[DispatchChoice, ModuleType]] = {}
         self._untuned_notice = UntunedNotice()
 
     def use(self, memory: RecordSource) -> None:
@@ -83,7 +83,7 @@ class Dispatcher:
         self._memory = memory
         self._kernels.clear()
 
-    def kernel(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> tuple[Choice, ModuleType]:
+    def kernel(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> tuple[DispatchChoice, ModuleType]:
         """The choice for a call, and the module to launch.
 
         Warns once if the kernel was not measured on this GPU with this toolchain, or raises UntunedError in strict
@@ -103,7 +103,7 @@ class Dispatcher:
 
 
 def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> CompiledResources | None:
-    """Compiles borrowed kernels for their resources, each once per machine; None without a CUDA device."""
+    """A function that compiles borrowed kernels and returns their resources, cached; None without a CUDA device."""
     import torch
     import triton
 

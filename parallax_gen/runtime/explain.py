@@ -18,7 +18,7 @@ from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.runtime.dispatch import Choice, choose
+from parallax_gen.runtime.dispatch import DispatchChoice, choose
 
 MAX_ALTERNATIVES = 3  # of each kind
 
@@ -36,7 +36,7 @@ class Explanation:
 
     spec: KernelSpec
     shape: Shape
-    choice: Choice
+    choice: DispatchChoice
     file: Path
     origin: str
     reason: str
@@ -69,7 +69,7 @@ def explanation_of(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, ori
 
 
 def _reason(
-    choice: Choice, results: list[Result], candidates: list[Candidate], unused: list[tuple[Result, str]]
+    choice: DispatchChoice, results: list[Result], candidates: list[Candidate], unused: list[tuple[Result, str]]
 ) -> str:
     candidate, record = choice.candidate, choice.record
     if record is not None:
@@ -101,7 +101,7 @@ def _comparable(a: Result, b: Result) -> bool:
     return a.place == b.place and len({(e.toolchain, e.protocol) for e in evidences}) == 1
 
 
-def _why_nothing_closer(choice: Choice, record: Result, unused: list[tuple[Result, str]]) -> str:
+def _why_nothing_closer(choice: DispatchChoice, record: Result, unused: list[tuple[Result, str]]) -> str:
     """Why the chosen record is borrowed: which records closer tiers have, and why those do not count."""
     if choice.refused:
         return "every kernel of a record that ranks higher spills too much, does not fit or does not compile here"

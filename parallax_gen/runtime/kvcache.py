@@ -260,8 +260,9 @@ def _attend_shards(request: CacheRequest, state: bool) -> tuple[Tensor, ...]:
         outputs = parallax_attn_with_kvcache(**CacheRequest(*local)._asdict(), return_state=state)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    rows, keys = DENSE if request.cu_seqlens_q is None else PACKED, DENSE if request.page_table is None else PAGES
-    dims = {"q": rows, "r": rows, "k_cache": keys, "v_cache": keys, "cu_seqlens_q": REPLICATED}
+    queries = DENSE if request.cu_seqlens_q is None else PACKED
+    cache = DENSE if request.page_table is None else PAGES
+    dims = {"q": queries, "r": queries, "k_cache": cache, "v_cache": cache, "cu_seqlens_q": REPLICATED}
     for name in ("cache_seqlens", "page_table", "cache_leftpad"):
         dims[name] = PER_SEQUENCE if request.cu_seqlens_q is None else REPLICATED
     for name in ("k_scale", "v_scale"):

@@ -161,27 +161,27 @@ def flops(*arguments: Any, out_val: Any = None) -> int:
     heads, head_dim = request.q.shape[-2:]
     window = request.window_size or 0
     pairs = 0.0
-    for rows, keys in zip(*_lengths(request), strict=True):
-        if rows == 1:  # a single query sees all keys of its window, causal or not
+    for queries, keys in zip(*_lengths(request), strict=True):
+        if queries == 1:  # a single query sees all keys of its window, causal or not
             pairs += min(keys, window or keys)
         else:
-            pairs += visible_pairs(rows, keys, request.causal, window)
+            pairs += visible_pairs(queries, keys, request.causal, window)
     return int(2 * MATMULS["decode"] * heads * head_dim * pairs)
 
 
 def _lengths(request: CacheRequest) -> tuple[list[int], list[int]]:
-    """Each sequence's queries and keys."""
+    """The numbers of queries and of keys of each sequence."""
     starts = request.cu_seqlens_q
     if starts is None:
-        rows = [request.q.shape[1]] * request.q.shape[0]
+        queries = [request.q.shape[1]] * request.q.shape[0]
     else:
         ends = _numbers_of(starts) or [(request.max_seqlen_q or 0) * b for b in range(len(starts))]
-        rows = [max(0, end - first) for first, end in pairwise(ends)]
+        queries = [max(0, end - first) for first, end in pairwise(ends)]
     table = request.page_table
     capacity = request.k_cache.shape[1] * (1 if table is None else table.shape[1])
-    lengths = _numbers_of(request.cache_seqlens) or [capacity] * len(rows)
-    pads = _numbers_of(request.cache_leftpad) or [0] * len(rows)
-    return rows, [max(0, min(end, capacity) - max(0, pad)) for end, pad in zip(lengths, pads, strict=True)]
+    lengths = _numbers_of(request.cache_seqlens) or [capacity] * len(queries)
+    pads = _numbers_of(request.cache_leftpad) or [0] * len(queries)
+    return queries, [max(0, min(end, capacity) - max(0, pad)) for end, pad in zip(lengths, pads, strict=True)]
 
 
 def _numbers_of(x: Tensor | int | None) -> list[int] | None:

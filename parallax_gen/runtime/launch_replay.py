@@ -1,4 +1,4 @@
-"""Records a launch once and replays it without the argument binding that Triton's JIT does in every call.
+"""Records a launch once and repeats it without the argument binding that Triton's JIT does in every call.
 
 `launch` of a rendered file passes about twenty arguments through the JIT, which inspects each to find the compiled
 kernel. For tensors of the same sizes, strides and alignment it finds the same one. So the first launch is recorded,
@@ -28,16 +28,16 @@ class RecordedKernel:
     scalars: tuple[Any, ...]
 
 
-def capture_launch(
+def record_launch(
     module: ModuleType, tensors: Sequence[Tensor], scalars: Sequence[float]
 ) -> tuple[RecordedKernel, ...] | None:
     """Launch the rendered module on these arguments and return the kernels that it launched.
 
-    Returns None if the launch cannot be replayed.
+    Returns None if the launch cannot be repeated that way.
     """
     from triton.compiler import CompiledKernel
 
-    # A distinct object per position, even where one tensor is passed twice.
+    # A distinct object for each position, even if one tensor is passed twice.
     inputs = [tensor.detach() for tensor in tensors]
     positions = {id(tensor): position for position, tensor in enumerate(inputs)}
     recorded: list[RecordedKernel | None] = []

@@ -18,7 +18,7 @@ from parallax_gen.ops.base import Scratch, op_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import default_dispatcher, user_stacklevel
-from parallax_gen.runtime.launch_replay import RecordedKernel, are_aligned, capture_launch, relaunch
+from parallax_gen.runtime.launch_replay import RecordedKernel, are_aligned, record_launch, relaunch
 from parallax_gen.runtime.workspace import Workspace, split_workspace
 
 # A KV cache that grows by one key per step makes one plan per step. Beyond this many plans, all are dropped.
@@ -142,7 +142,7 @@ class LaunchPlan:
         elif self._recorded is not None:
             relaunch(self._recorded, tensors, stream)
         elif not self._was_launched:
-            self._recorded = capture_launch(self._module, tensors, self._numbers)
+            self._recorded = record_launch(self._module, tensors, self._numbers)
             self._was_launched = True
         else:  # this launch cannot be recorded
             self._module.launch(*tensors, *self._numbers)

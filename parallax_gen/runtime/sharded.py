@@ -86,10 +86,12 @@ def run_on_shards(
             x = x.redistribute(mesh, _placements(shardings, dims[name])).to_local()
         local.append(x)
     q = request.q
-    rows, stats = dims["q"], STATS_OF_DENSE if q.dim() == 4 else STATS_OF_PACKED
+    out_dims, stats_dims = dims["q"], STATS_OF_DENSE if q.dim() == 4 else STATS_OF_PACKED
     shapes = (q.shape, stats_shape(q), stats_shape(q), q.shape)
     outputs = attend(*local)
-    output_dims = (rows, stats, stats, rows)[: len(outputs)]  # torch.compile of torch 2.9 treats every zip as strict
+    output_dims = (out_dims, stats_dims, stats_dims, out_dims)[
+        : len(outputs)
+    ]  # torch.compile of torch 2.9 treats every zip as strict
     return tuple(
         DTensor.from_local(
             x,
@@ -116,7 +118,7 @@ def _mesh_of(inputs: Sequence[Tensor], names: Sequence[str]) -> DeviceMesh:
 
 
 def _shardings(mesh: DeviceMesh, inputs: Sequence[Any], dims: Sequence[Dims]) -> list[str]:
-    """For each mesh dimension the field of Dims that it shards, or "": chosen to send the least data."""
+    """For each mesh dimension the field of Dims that it shards, "" for none. The choice sends the least data."""
     q, k = inputs[0], inputs[2]
     batch, kv_heads = q.shape[0], k.shape[-2]
     shards = {"batch": 1, "heads": 1}

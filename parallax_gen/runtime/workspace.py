@@ -45,12 +45,12 @@ def _counter_bytes(scratch: Scratch) -> int:
 
 
 class Workspace:
-    """Scratch on one device: per stream, as large as the largest request so far."""
+    """Scratch on one device: one per stream, as large as the largest that a launch needed so far."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._by_stream: dict[int, tuple[Tensor, Tensor]] = {}
-        self._for_graphs: Tensor | None = None
+        self._graph_counters: Tensor | None = None
         self._counters_used = 0
 
     def get(self, floats: int, counters: int, stream: int) -> tuple[Tensor, Tensor]:
@@ -62,8 +62,8 @@ class Workspace:
             return self._get_in_graph(floats, counters)
         scratch = self._by_stream.get(stream)
         if scratch is None or scratch[0].numel() < floats or scratch[1].numel() < counters:
-            if self._for_graphs is None:
-                self._for_graphs = torch.zeros(CAPTURE_COUNTERS, dtype=torch.int32, device=self._device)
+            if self._graph_counters is None:
+                self._graph_counters = torch.zeros(CAPTURE_COUNTERS, dtype=torch.int32, device=self._device)
                 torch.cuda.current_stream(self._device).synchronize()  # synchronise once: a graph may run on any stream
             old_sizes = (0, 0) if scratch is None else (scratch[0].numel(), scratch[1].numel())
             scratch = (
@@ -77,7 +77,7 @@ class Workspace:
         states = torch.empty(floats, dtype=torch.float32, device=self._device)  # the graph's own memory
         counters = -(-counters // 4) * 4  # kernels may assume that slices begin at multiples of 16 bytes
         end = self._counters_used + counters
-        if self._for_graphs is None or end > CAPTURE_COUNTERS:
+        if self._graph_counters is None or end > CAPTURE_COUNTERS:
             return states, torch.zeros(counters, dtype=torch.int32, device=self._device)  # zeroed by every replay
         begin, self._counters_used = self._counters_used, end
-        return states, self._for_graphs[begin:end]
+        return states, self._graph_counters[begin:end]

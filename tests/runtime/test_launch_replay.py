@@ -10,7 +10,7 @@ import torch
 import triton.compiler
 import triton.runtime.jit
 
-from parallax_gen.runtime.launch_replay import are_aligned, capture_launch, relaunch
+from parallax_gen.runtime.launch_replay import are_aligned, record_launch, relaunch
 
 Launches = list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
 
@@ -59,7 +59,7 @@ def module_of(first: Any, second: Any) -> ModuleType:
 def test_replay_passes_new_tensors_to_the_recorded_kernels(launches: Launches) -> None:
     module = module_of(FakeKernel(launches), FakeKernel(launches))
     x = torch.zeros(4)
-    launched = capture_launch(module, (x, x, torch.zeros(4), torch.zeros(4)), (0.5,))  # q and r are the same tensor
+    launched = record_launch(module, (x, x, torch.zeros(4), torch.zeros(4)), (0.5,))  # q and r are the same tensor
     assert launched is not None
     assert "run" not in vars(module.first)
     q, r, out, scratch = (torch.full((4,), float(i)) for i in range(4))
@@ -75,13 +75,13 @@ def test_replay_passes_new_tensors_to_the_recorded_kernels(launches: Launches) -
 
 def test_only_compiled_kernels_are_replayed(launches: Launches) -> None:
     x = torch.zeros(4)
-    assert capture_launch(module_of(FakeKernel(launches), None), (x, x, x, x), (0.5,)) is None
+    assert record_launch(module_of(FakeKernel(launches), None), (x, x, x, x), (0.5,)) is None
 
 
 def test_methods_are_restored_after_a_failed_launch(launches: Launches) -> None:
     module = module_of(FakeKernel(launches), FakeKernel(launches))
     with pytest.raises(TypeError):
-        capture_launch(module, (torch.zeros(4),), (0.5,))
+        record_launch(module, (torch.zeros(4),), (0.5,))
     assert "run" not in vars(module.first)
 
 

@@ -180,7 +180,7 @@ def cu_seqlens_of_mask(mask: Tensor, q_length: int, kv_length: int) -> tuple[Ten
         _require(mask.bool().all(), "position_ids", "packed sequences", allowed)
         return None
     keys = key_range(mask)
-    starts = mask[0, 0] if keys is None else _run_starts(*keys, keys[1] - q_length, q_length, kv_length)
+    starts = mask[0, 0] if keys is None else _segment_starts(*keys, keys[1] - q_length, q_length, kv_length)
     return starts[0], starts[-1]
 
 
@@ -219,10 +219,10 @@ def _mask_from_padding(is_token: Tensor, q_length: int, kv_length: int, *, allow
     # A single new token is unaffected by padding after it: it is padding itself, or sees all other tokens.
     if q_length < kv_length and (q_length == 1 or not padding_after):
         return _cached_mask(first, end)
-    return _run_starts(first, end, length - q_length, q_length, kv_length)[None, None]
+    return _segment_starts(first, end, length - q_length, q_length, kv_length)[None, None]
 
 
-def _run_starts(first: Tensor, end: Tensor, first_query: int | Tensor, q_length: int, kv_length: int) -> Tensor:
+def _segment_starts(first: Tensor, end: Tensor, first_query: int | Tensor, q_length: int, kv_length: int) -> Tensor:
     """Starts of the segments of queries and of keys, (2, 3 batch + 1) int32.
 
     first, end   (batch,), the range of each sequence's keys
