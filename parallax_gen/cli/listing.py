@@ -71,7 +71,7 @@ def _print(rows: Iterable[ListRow], origins: Origins) -> None:
         print_table(columns, [_row(row, origins) for row in kernel_rows], right=numbers)
         click.echo()
     click.echo(LEGEND)
-    click.echo("us: microseconds; gain: the default config's time divided by this, if both used the same Triton;")
+    click.echo("us: microseconds; gain: the default config's time divided by this time, if both are of one Triton;")
     click.echo(
         "status: measured (by you), shipped (measured elsewhere), predicted (calls never use it), or how it failed;"
     )

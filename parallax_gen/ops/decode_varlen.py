@@ -60,8 +60,9 @@ class DecodeVarlenOp(CacheOp):
         """A tile's state for every work item: see decode_varlen.py.j2."""
         form = self.form(spec, config)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
-        split_units, groups = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
-        items = groups * (split_units * config.NUM_SPLITS + -(-split_units // self.spare_split_every)) * kv_heads
+        split_units, tiles_per_unit = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
+        splits = split_units * config.NUM_SPLITS + -(-split_units // self.spare_split_every)
+        items = tiles_per_unit * splits * kv_heads
         return Scratch(items * form.state_rows * form.floats_per_row, items if config.merge == "last" else 0)
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:

@@ -162,7 +162,7 @@ class VarlenForm(CacheForm):
 
     @property
     def first_block_plus(self) -> str:
-        """The prefix of a split's offset among the keys of a tile: the start of the tile's first block."""
+        """What is added to the offset of a split among the keys of its tile: the start of the tile's first block."""
         if not self.has_visible_begin:
             return ""
         return "first_block_start + " if self.block_alignment else "visible_begin + "
@@ -174,7 +174,7 @@ class VarlenForm(CacheForm):
 
     @property
     def tile_blocks(self) -> str:
-        """The name of the number of blocks that some row of a tile sees. By default that is the sequence's."""
+        """The name of the number of blocks that some row of a tile sees: the sequence's, if all rows see all keys."""
         return "tile_blocks" if self.has_visible_begin or self.masks_by_row else "num_blocks"
 
     @property

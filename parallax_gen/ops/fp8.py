@@ -10,7 +10,7 @@ class Widening:
     """How 8-bit floats are widened to 16 bits, and how the sums are corrected for it.
 
     The seven bits below the sign are shifted right from the upper byte. If the exponent biases differ, the result is
-    the value divided by 2^bias. Multiplying each element would cost as much again, so the kernel scales the sums after
+    the value divided by 2^bias. Scaling each element would cost as much as widening it, so the sums are scaled after
     the last key. Until then q, r and p are scaled up by powers of two, so that no product underflows in fp32.
 
     wide_dtype   the 16-bit type, as the kernel writes it

@@ -68,7 +68,7 @@ def this_half_of(head_dim: int, suffix: str = "") -> Chunk:
 
 
 def other_half_of(head_dim: int) -> Chunk:
-    """The half that the other program accumulates; `start` is right for the first program."""
+    """The half that the other program accumulates. `start` is that of the first program's other half."""
     width = head_dim // 2
     comment = "those that it needs for scores alone"
     return Chunk("_other", width, width, width, "offs_d_other", "HALF_DIM", "(1 - half) * HALF_DIM", comment)

@@ -112,8 +112,8 @@ def inputs_and_forward(
         _page(inputs, spec.page_size, seed)
     if spec.varlen:
         _pack(inputs, shape, seed, full)
-    given = op.inputs(spec)
-    if "do" not in given:
+    read = op.inputs(spec)
+    if "do" not in read:
         return inputs, None
     generator = torch.Generator(device=device).manual_seed(seed + 1)
     do = torch.randn(inputs.q.shape, device=device, generator=generator)
@@ -122,8 +122,8 @@ def inputs_and_forward(
         _poison_padding(inputs.do, inputs.cu_seqlens_q)
     # preprocess has no mask. Its inputs come from causal attention, in which some rows may see no key.
     causal = KernelSpec("dqdr", spec.head_dim, spec.dtype, causal=True, varlen=spec.varlen)
-    result = attend(spec if "row_stats" in given else causal, inputs)
-    if "row_stats" in given:
+    result = attend(spec if "row_stats" in read else causal, inputs)
+    if "row_stats" in read:
         inputs.row_stats = expected_row_stats(spec, inputs, result).float()
     else:
         inputs.out, inputs.v_mean = (x.to(inputs.q.dtype) for x in (result.out, result.v_mean))

@@ -147,7 +147,7 @@ def representative(bucket: Bucket, group: int) -> Shape:
     )
 
 
-LENGTH_RATIO = 32
+LENGTH_RATIO = 32  # of the longest to the shortest sequence, in timed batches of different lengths
 
 
 def spread_lengths(shape: Shape) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ OPS_AND_TRAINING = (*FAMILIES, TRAINING)
 
 USUAL_HEAD_DIM = 128
 
-# Forward: a training step's, a long prompt, many short sequences, and a shape in between, all with about the same work.
+# Forward: a training step, a long prompt, many short sequences, and a shape between these, all with about equal work.
 # Decode: one sequence and a batch, over short and long caches; also with four query heads per kv head (GQA).
 USUAL_SHAPES: dict[str, tuple[Shape, ...]] = {
     "forward": (

@@ -19,7 +19,7 @@ from parallax_gen.report.studies import Study, order_of
 FRACTIONS_OF_BOUND = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
 RATIOS = (0.8, 0.95, 1.05, 1.25, 1.5, 2.0, 4.0)
 
-Lengths = tuple[int, int, int]  # seqlen_q, seqlen_kv, window
+LengthsAndWindow = tuple[int, int, int]  # seqlen_q, seqlen_kv, window
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def kernel_name(spec: KernelSpec) -> str:
 
 def coverage(by_place: Mapping[Place, Study | None]) -> dict[str, dict[str, list[Matrix]]]:
     """By op and GPU: a matrix per kernel, with every bucket that is or could be tuned."""
-    by_kernel: dict[tuple[str, str, KernelSpec], dict[tuple[int, Lengths], Cell]] = {}
+    by_kernel: dict[tuple[str, str, KernelSpec], dict[tuple[int, LengthsAndWindow], Cell]] = {}
     for place, study in by_place.items():
         spec, bucket = place.spec, place.bucket
         cells = by_kernel.setdefault((spec.family, place.gpu, spec), {})
-        cells[bucket.kv_rows, _lengths(bucket)] = _coverage_cell(place, study)
+        cells[bucket.kv_rows, _lengths_and_window(bucket)] = _coverage_cell(place, study)
     matrices: dict[str, dict[str, list[Matrix]]] = {}
     for (op, gpu, spec), cells in by_kernel.items():
         matrices.setdefault(op, {}).setdefault(gpu, []).append(_matrix(gpu, (op,), kernel_name(spec), cells))
@@ -73,12 +73,12 @@ def speed_ups(
     A cell that several shapes share, or that several files contain, shows its smallest ratio.
     """
     by_kernel: dict[
-        tuple[str, str, str, str, KernelSpec], dict[tuple[int, Lengths], list[tuple[Row, float | None]]]
+        tuple[str, str, str, str, KernelSpec], dict[tuple[int, LengthsAndWindow], list[tuple[Row, float | None]]]
     ] = {}
     for row, ratio in ratios:
         shape = row.shape
         kernel = row.origin.gpu, row.op, row.part, row.baseline, row.spec
-        size = shape.batch * shape.kv_heads, _lengths(shape)
+        size = shape.batch * shape.kv_heads, _lengths_and_window(shape)
         by_kernel.setdefault(kernel, {}).setdefault(size, []).append((row, ratio))
     by_op: dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]] = {}
     for (gpu, op, part, baseline, spec), sizes in sorted(
@@ -90,7 +90,7 @@ def speed_ups(
     return by_op
 
 
-def _matrix(gpu: str, ops: tuple[str, ...], name: str, cells: Mapping[tuple[int, Lengths], Cell]) -> Matrix:
+def _matrix(gpu: str, ops: tuple[str, ...], name: str, cells: Mapping[tuple[int, LengthsAndWindow], Cell]) -> Matrix:
     heights = sorted({height for height, _ in cells})
     widths = sorted({sizes for _, sizes in cells}, key=lambda sizes: (sizes[1], sizes[0], sizes[2]))
     return Matrix(
@@ -102,7 +102,7 @@ def _matrix(gpu: str, ops: tuple[str, ...], name: str, cells: Mapping[tuple[int,
     )
 
 
-def _lengths(shape: Bucket | Shape) -> Lengths:
+def _lengths_and_window(shape: Bucket | Shape) -> LengthsAndWindow:
     return shape.seqlen_q, shape.seqlen_kv, shape.window
 
 

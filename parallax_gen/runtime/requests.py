@@ -1,4 +1,4 @@
-"""The arguments of the public functions as one named tuple, so that the code below them does not count positions.
+"""The arguments of the public functions as one named tuple, so that other code need not know their positions.
 
 This file also casts the tensors for torch.autocast. torch.compile traces all of it. torch 2.9 cannot trace properties
 of a NamedTuple, so they are functions here.

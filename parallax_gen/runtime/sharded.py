@@ -89,9 +89,8 @@ def run_on_shards(
     out_dims, stats_dims = dims["q"], STATS_OF_DENSE if q.dim() == 4 else STATS_OF_PACKED
     shapes = (q.shape, stats_shape(q), stats_shape(q), q.shape)
     outputs = attend(*local)
-    output_dims = (out_dims, stats_dims, stats_dims, out_dims)[
-        : len(outputs)
-    ]  # torch.compile of torch 2.9 treats every zip as strict
+    # torch.compile of torch 2.9 treats every zip as strict, so the tuples are cut to the number of outputs.
+    output_dims = (out_dims, stats_dims, stats_dims, out_dims)[: len(outputs)]
     return tuple(
         DTensor.from_local(
             x,
