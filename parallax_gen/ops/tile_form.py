@@ -290,8 +290,8 @@ class ForwardForm(TileForm):
     def main_variant(self) -> ForwardVariant:
         """The variant in forward_kernel.
 
-        From one H200, with a fixed reference: small accumulators of four warps (head_dim 64, 64 rows) take 5 % less time
-        if they are stacked, under Triton 3.6 and 3.9. Others take 1 % less as two, and 2 to 6 % less with zeros of
+        From one H200, with a fixed reference: small accumulators of four warps (head_dim 64, 64 rows) take 5 % less
+        time stacked, under Triton 3.6 and 3.9. Others take 1 % less as two, and 2 to 6 % less with zeros of
         their own: if all elements start from one zero, Triton 3.6 compiles loops that take 1.1 to 1.3 times as long.
         Where a tile has fewer than 16 rows per warp, a stacked tile has another layout, for which p would move between
         warps.
