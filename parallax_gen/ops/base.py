@@ -16,7 +16,7 @@ from parallax_gen.ops.head_dim import Chunk, chunks_of
 from parallax_gen.ops.signature import Constant, Signature
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import PER_SEQUENCE_LENGTHS, QUERY_ROW_OPS, KernelSpec, family_of
+from parallax_gen.problem.spec import PER_SEQUENCE_LENGTH_OPS, QUERY_ROW_OPS, KernelSpec, family_of
 
 Value = int | str
 
@@ -250,7 +250,7 @@ OPS_BY_NAME: dict[str, Op[Any]] = {}
 def register(op: Op[Any]) -> None:
     """Each op's file calls this. A missing or misnamed knob fails at import, not during a tune."""
     assert [knob.name for knob in op.knobs] == [f.name for f in fields(op.config)], op.name
-    assert op.per_sequence_lengths == (op.name in PER_SEQUENCE_LENGTHS), op.name
+    assert op.per_sequence_lengths == (op.name in PER_SEQUENCE_LENGTH_OPS), op.name
     assert (op.kind is OpKind.ROWS) == (op.name in QUERY_ROW_OPS), op.name
     OPS_BY_NAME[op.name] = op
 

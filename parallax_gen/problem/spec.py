@@ -22,18 +22,18 @@ ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cac
 
 # Ops that read query rows and no keys: they have no groups of heads, and no matmuls.
 QUERY_ROW_OPS = ("preprocess",)
-PER_SEQUENCE_LENGTHS = ("decode_varlen",)
+PER_SEQUENCE_LENGTH_OPS = ("decode_varlen",)
 PER_SEQUENCE_LENGTHS_TEXT, MULTI_TOKEN_TEXT = "per-sequence lengths", "multi-token queries"
 
 # Flag -> the ops that have it.
 FLAGS = {
-    "causal": ("forward", "dkdv", "dqdr", *PER_SEQUENCE_LENGTHS),
-    "stats": ("forward", *PER_SEQUENCE_LENGTHS),
-    "window": ("forward", "dkdv", "dqdr", *PER_SEQUENCE_LENGTHS),
-    "varlen": ("forward", "preprocess", "dkdv", "dqdr", *PER_SEQUENCE_LENGTHS),
-    "leftpad": PER_SEQUENCE_LENGTHS,
-    "many_queries": PER_SEQUENCE_LENGTHS,
-    "softcap": ("forward", "dkdv", "dqdr", "decode", *PER_SEQUENCE_LENGTHS),
+    "causal": ("forward", "dkdv", "dqdr", *PER_SEQUENCE_LENGTH_OPS),
+    "stats": ("forward", *PER_SEQUENCE_LENGTH_OPS),
+    "window": ("forward", "dkdv", "dqdr", *PER_SEQUENCE_LENGTH_OPS),
+    "varlen": ("forward", "preprocess", "dkdv", "dqdr", *PER_SEQUENCE_LENGTH_OPS),
+    "leftpad": PER_SEQUENCE_LENGTH_OPS,
+    "many_queries": PER_SEQUENCE_LENGTH_OPS,
+    "softcap": ("forward", "dkdv", "dqdr", "decode", *PER_SEQUENCE_LENGTH_OPS),
 }
 
 
@@ -98,7 +98,7 @@ class KernelSpec:
         _check_choice("op", self.op, OPS)
         if type(self.head_dim) is not int or self.head_dim % 8 or not 0 < self.head_dim <= LARGEST_HEAD_DIM:
             raise ArgumentError("head_dim", f"{self.head_dim!r:.80}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
-        is_query_row_op, per_sequence_lengths = self.op in QUERY_ROW_OPS, self.op in PER_SEQUENCE_LENGTHS
+        is_query_row_op, per_sequence_lengths = self.op in QUERY_ROW_OPS, self.op in PER_SEQUENCE_LENGTH_OPS
         _check_choice("dtype", self.dtype, DTYPES[:3] if is_query_row_op else DTYPES)
         if type(self.group) is not int or self.group < 1:
             raise ArgumentError("group", f"{self.group!r:.80}", "an int of 1 or more (query heads per kv head)")
@@ -156,7 +156,7 @@ class KernelSpec:
         """All fields, with the names and the order of records: the op's family, and the flag `ragged`."""
         values = vars(self) | {"op": self.family}
         first = ("op", "head_dim", "dtype", "group", "causal", "stats")
-        return {name: values[name] for name in first} | {"ragged": self.op in PER_SEQUENCE_LENGTHS} | values
+        return {name: values[name] for name in first} | {"ragged": self.op in PER_SEQUENCE_LENGTH_OPS} | values
 
     def to_dict(self) -> dict[str, Any]:
         """`flat` without the fields of ADDED_FIELDS that have their default. `memory.old.spec_from` is the inverse."""
@@ -168,7 +168,7 @@ class KernelSpec:
         if self.op not in QUERY_ROW_OPS:
             parts.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
         # A single query sees all keys of its window.
-        if self.op in FLAGS["causal"] and (self.op not in PER_SEQUENCE_LENGTHS or self.many_queries or self.window):
+        if self.op in FLAGS["causal"] and (self.op not in PER_SEQUENCE_LENGTH_OPS or self.many_queries or self.window):
             parts.append("window" if self.window else "causal" if self.causal else "full")
         parts += [name for name in ("varlen", "stats") if flat[name]]
         parts += [PER_SEQUENCE_LENGTHS_TEXT] * flat["ragged"] + ["leftpad"] * self.leftpad

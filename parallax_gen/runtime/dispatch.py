@@ -27,7 +27,7 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.spec import FLAGS, PER_SEQUENCE_LENGTHS, KernelSpec
+from parallax_gen.problem.spec import FLAGS, PER_SEQUENCE_LENGTH_OPS, KernelSpec
 
 _LOG = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ def tune_command(place: Place) -> str:
     if spec.window:  # a window over all keys would count as none; one key less rounds to the same bucket
         command += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
     elif not spec.causal and (
-        spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTHS)
+        spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTH_OPS)
     ):
         command.append("--full")
     command += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad", "softcap") if spec.flat()[name]]
