@@ -289,7 +289,7 @@ class DecodeForm(CacheForm):
     @property
     def head_floats(self) -> Constant:
         """The size of the states of a query head's splits."""
-        about = "m, d1, d2 and one unused: 16-byte alignment"
+        about = "+ 4: m, d1, d2 and one unused, for 16-byte alignment"
         return Constant("HEAD_FLOATS", "NUM_SPLITS * (2 * HEAD_DIM + 4)", about)
 
     @property

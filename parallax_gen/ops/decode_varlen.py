@@ -127,8 +127,8 @@ class DecodeVarlenOp(CacheOp):
         width, dtype = spec.head_dim, spec.dtype
         if spec.cache_dtype:
             width, dtype = width // 4, f"int32, four {spec.cache_dtype} numbers in each"
-        strides = "the same strides" if spec.page_size else "any strides"
-        yield "k_cache, v_cache", f"({rows}, {kv_heads}, {width}) {dtype}, {strides} likewise"
+        strides = "likewise, both with the same strides" if spec.page_size else "likewise"
+        yield "k_cache, v_cache", f"({rows}, {kv_heads}, {width}) {dtype}, {strides}"
         if spec.varlen:
             begin = "the first query row of each sequence, and the end of the last one"
             yield "cu_seqlens_q", f"(batch + 1,) int32: {begin}"
@@ -154,7 +154,7 @@ class DecodeVarlenOp(CacheOp):
         if spec.window:
             yield "window_size", "a query sees its last window_size keys; 1 or more"
         if spec.varlen:
-            yield "max_seqlen_q", "at least the most queries of a sequence"
+            yield "max_seqlen_q", "at least the number of queries of the longest sequence"
 
     def timed_lengths(self, spec: KernelSpec, shape: Shape) -> tuple[tuple[int, ...], ...]:
         """With one query per sequence, two batches: `spread_lengths` and `skewed_lengths`.

@@ -287,7 +287,7 @@ class VarlenForm(CacheForm):
         """The constants of the first kernel."""
         spec, config = self.spec, self.config
         pairs = "(query, head) pairs per tile"
-        layout = "m, d1, d2 and one unused: 16-byte alignment"
+        layout = "+ 4: m, d1, d2 and one unused, for 16-byte alignment"
         return (
             *self.dim_constants,
             Constant("GROUP", spec.group, "query heads per kv head"),

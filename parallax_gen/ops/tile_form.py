@@ -231,7 +231,7 @@ class TileForm:
             about.append(("cu_seqlens_k", "the same for k"))
             about.append(("", f"In rows that belong to no sequence {self.padding_rows_doc}"))
             most = "keys" if self.op.owns_keys else "queries"
-            about.append((f"max_seqlen_{self.owned.tensor}", f"at least the most {most} of a sequence"))
+            about.append((f"max_seqlen_{self.owned.tensor}", f"at least the number of {most} of the longest sequence"))
         if self.spec.softcap:
             about.append(("softcap", SOFTCAP_ABOUT))
         if self.spec.window:

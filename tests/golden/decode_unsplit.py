@@ -7,11 +7,11 @@ generator  parallax_gen 0.1.0, kernel 3d29d9fef9d3
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
-The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of
-p = 2^(scale_log2 s - m) and d2 of p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v,
-with s = q.k and scale_log2 = log2(e) softmax_scale.
-Where few keys have most of a row's weight, o is a small difference of large sums of p v and p t v, which rounding p t
-for the matmul would lose; t - t_mean is small there.
+The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of p and d2 of
+p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v, where
+p = 2^(scale_log2 s - m) is not normalised, s = q.k and scale_log2 = log2(e) softmax_scale.
+Where few keys have most of a row's weight, o is a small difference of large sums of p v and p t v, and rounding p t for
+the matmul would spoil it; p (t - t_mean) is small there.
 """
 
 import torch
@@ -19,8 +19,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-
-
 STACK_ROWS = tl.constexpr(8)  # a stacked tile has 8 rows of q, the same 8 rows of r, the next 8 rows of q, ...
 
 
@@ -35,7 +33,7 @@ def _unstack(x):
 
 @triton.jit
 def _stack(of_q, of_r):
-    """The stacked tile [2*BLOCK_H, N] with these halves."""
+    """The stacked tile [2*BLOCK_H, N] whose halves are these [BLOCK_H, N]."""
     BLOCK_H: tl.constexpr = of_q.shape[0]
     N: tl.constexpr = of_q.shape[1]
     pairs = tl.reshape(tl.join(of_q, of_r), [BLOCK_H // STACK_ROWS, STACK_ROWS, N, 2])
@@ -44,7 +42,7 @@ def _stack(of_q, of_r):
 
 @triton.jit
 def _repeat(x):
-    """x [BLOCK_H, N] twice, stacked."""
+    """x [BLOCK_H, N] stacked with itself."""
     BLOCK_H: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
     once = tl.reshape(x, [BLOCK_H // STACK_ROWS, 1, STACK_ROWS, N])
@@ -53,7 +51,7 @@ def _repeat(x):
 
 @triton.jit
 def _rescale(o, alpha, shift):
-    """Lower the center by shift, in the accumulator o of stacked o1 and o2, and multiply both by alpha."""
+    """Lower the center by shift in o, the stacked o1 and o2, and multiply both by alpha."""
     o1, o2 = _unstack(o)
     o2 += shift[:, None] * o1
     return _stack(o1 * alpha[:, None], o2 * alpha[:, None])
@@ -143,8 +141,8 @@ def decode_kernel(
     t_mean = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
-    # -- loop over the keys. A block that would reach past the end is moved back, and keys that an earlier block had are
-    #    masked: loads need no mask, and nothing past the end is read
+    # -- loop over the keys. A block that would reach past the end is moved back, and the keys that it repeats are
+    #    masked: so loads need no mask, and nothing past the end is read
     last_block_start = tl.maximum(seqlen_kv - BLOCK_N, 0)
     for start_n in tl.range(0, seqlen_kv, BLOCK_N):
         block_start = tl.minimum(start_n, last_block_start)

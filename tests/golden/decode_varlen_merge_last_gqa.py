@@ -1,4 +1,4 @@
-"""Parallax attention of queries against a KV cache, with per-sequence lengths.
+"""Parallax attention, decode_varlen: queries against a KV cache, with per-sequence lengths.
 
 spec       decode, head_dim 128, bf16, GQA 12:1, per-sequence lengths
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=6 merge=last num_warps=2 num_stages=4
@@ -7,11 +7,11 @@ generator  parallax_gen 0.1.0, kernel 123e1143ea0f
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
-The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of
-p = 2^(scale_log2 s - m) and d2 of p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v,
-with s = q.k and scale_log2 = log2(e) softmax_scale.
-Where few keys have most of a row's weight, o is a small difference of large sums of p v and p t v, which rounding p t
-for the matmul would lose; t - t_mean is small there.
+The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of p and d2 of
+p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v, where
+p = 2^(scale_log2 s - m) is not normalised, s = q.k and scale_log2 = log2(e) softmax_scale.
+Where few keys have most of a row's weight, o is a small difference of large sums of p v and p t v, and rounding p t for
+the matmul would spoil it; p (t - t_mean) is small there.
 """
 
 import torch
@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-
 NUM_SPLITS = 6  # splits per sequence, on average
 SPARE_SPLIT_EVERY = 8  # one spare split per 8 sequences, for the long ones
 
@@ -53,7 +52,7 @@ def _unstack(x):
 
 @triton.jit
 def _stack(of_q, of_r):
-    """The stacked tile [2*BLOCK_H, N] with these halves."""
+    """The stacked tile [2*BLOCK_H, N] whose halves are these [BLOCK_H, N]."""
     BLOCK_H: tl.constexpr = of_q.shape[0]
     N: tl.constexpr = of_q.shape[1]
     pairs = tl.reshape(tl.join(of_q, of_r), [BLOCK_H // STACK_ROWS, STACK_ROWS, N, 2])
@@ -62,7 +61,7 @@ def _stack(of_q, of_r):
 
 @triton.jit
 def _repeat(x):
-    """x [BLOCK_H, N] twice, stacked."""
+    """x [BLOCK_H, N] stacked with itself."""
     BLOCK_H: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
     once = tl.reshape(x, [BLOCK_H // STACK_ROWS, 1, STACK_ROWS, N])
@@ -71,7 +70,7 @@ def _repeat(x):
 
 @triton.jit
 def _rescale(o, alpha, shift):
-    """Lower the center by shift, in the accumulator o of stacked o1 and o2, and multiply both by alpha."""
+    """Lower the center by shift in o, the stacked o1 and o2, and multiply both by alpha."""
     o1, o2 = _unstack(o)
     o2 += shift[:, None] * o1
     return _stack(o1 * alpha[:, None], o2 * alpha[:, None])
@@ -113,6 +112,7 @@ def _merge(states_ptr, stride, num_splits, row):
     STATE_ROWS: tl.constexpr = 8
     BLOCK_SPLITS: tl.constexpr = 32  # splits per iteration: as many as fit in registers
     LOWEST_M: tl.constexpr = -3.0e38  # finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN
+
     offs_d = tl.arange(0, HEAD_DIM)
     m = LOWEST_M
     d1 = 0.0
@@ -120,6 +120,7 @@ def _merge(states_ptr, stride, num_splits, row):
     o1 = tl.zeros([HEAD_DIM], tl.float32)
     o2 = tl.zeros([HEAD_DIM], tl.float32)
     for first_split in range(0, num_splits, BLOCK_SPLITS):
+        # -- load the states by .cg: from L2, where other programs' stores are visible
         offs_s = first_split + tl.arange(0, BLOCK_SPLITS)
         mask_s = offs_s < num_splits  # lanes past the last split get the lowest m, hence weight 0
         state_ptrs = states_ptr + offs_s.to(tl.int64) * stride
@@ -131,6 +132,8 @@ def _merge(states_ptr, stride, num_splits, row):
         mask_sd = mask_s[:, None]
         o1_splits = tl.load(o_ptrs, mask=mask_sd, other=0.0, cache_modifier=".cg")  # [BLOCK_SPLITS, HEAD_DIM]
         o2_splits = tl.load(o_ptrs + HEAD_DIM, mask=mask_sd, other=0.0, cache_modifier=".cg")
+
+        # -- rescale and add
         m_new = tl.maximum(m, tl.max(m_splits, 0))
         alpha = tl.exp2(m - m_new)
         weight = tl.exp2(m_splits - m_new)
@@ -176,7 +179,7 @@ def decode_varlen_kernel(
     NUM_SPLITS: tl.constexpr = 6
     SPARE_SPLIT_EVERY: tl.constexpr = 8
     STATE_ROWS: tl.constexpr = 8  # rows of a split's state
-    SPLIT_FLOATS: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # m, d1, d2 and one unused: 16-byte alignment
+    SPLIT_FLOATS: tl.constexpr = STATE_ROWS * (2 * HEAD_DIM + 4)  # + 4: m, d1, d2 and one unused, for 16-byte alignment
     LOWEST_M: tl.constexpr = -3.0e38  # finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN
     BLOCK_SEQS: tl.constexpr = 32  # sequences per step of a scan, one per lane: a sum needs no shared memory
     MIN_BLOCKS_PER_SPLIT: tl.constexpr = 2  # fewer are not worth a program
@@ -220,10 +223,10 @@ def decode_varlen_kernel(
         seq += tl.sum(is_before.to(tl.int32), 0)
         first_work_item = tl.maximum(first_work_item, tl.max(tl.where(is_before, ends, 0), 0))
         num_work_items += tl.sum(work_items, 0)
-    if work_item >= num_work_items:
+    if work_item >= num_work_items:  # the grid has an upper bound of them
         return
 
-    # -- the tile of its rows, and the split of the tile's keys
+    # -- the work item's tile of rows, and its split of the tile's keys
     seqlen_kv, _, num_blocks = _load_lengths(
         seq,
         True,
@@ -266,8 +269,8 @@ def decode_varlen_kernel(
     t_mean = tl.zeros([BLOCK_H], tl.float32)
     o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
-    # -- loop over the keys. A block that would reach past the end is moved back, and keys that an earlier block had are
-    #    masked: loads need no mask, and nothing past a sequence's end is read
+    # -- loop over the keys. A block that would reach past the end is moved back, and the keys that it repeats are
+    #    masked: so loads need no mask, and nothing past a sequence's end is read
     k_ptr += seq64 * stride_kb + kv_head * stride_kh
     v_ptr += seq64 * stride_vb + kv_head * stride_vh
     # a sequence shorter than a block repeats its last key
@@ -291,8 +294,7 @@ def decode_varlen_kernel(
 
     # -- the output, or the state of a split
     o_ptr += seq64 * stride_ob + kv_head * GROUP * stride_oh
-    if tile_splits == 1:
-        # this is the only split of its tile
+    if tile_splits == 1:  # no other program has keys of this tile
         row_offsets = offs_h * stride_oh
         out = _normalize(d1[:, None], d2[:, None], o1, o2)
         o_ptrs = o_ptr + row_offsets[:, None] + offs_d[None, :]
@@ -310,7 +312,7 @@ def decode_varlen_kernel(
         tl.store(state_stat_ptrs + 2 * STATE_ROWS, d2, mask=mask_h)
 
         # -- the last split to arrive merges all of them, and resets the counter for the next launch
-        tl.debug_barrier()
+        tl.debug_barrier()  # all threads have stored before one of them increments the counter
         first_state = (work_item - split) * kv_heads + kv_head
         if tl.atomic_add(arrival_counters_ptr + first_state, 1, sem="acq_rel") == tile_splits - 1:
             tl.store(arrival_counters_ptr + first_state, 0)
@@ -337,7 +339,7 @@ def launch(
     """Write the attention of each sequence's queries over its cached keys to out, on the current stream.
 
     q, r, out         (batch, 1, kv_heads*12, 128) bf16, any strides with a contiguous last dimension
-    k_cache, v_cache  (batch, seqlen, kv_heads, 128) bf16, any strides likewise
+    k_cache, v_cache  (batch, seqlen, kv_heads, 128) bf16, likewise
     cache_seqlens     (batch,) int32: keys in each sequence, 0 to seqlen; nothing past them is read
     scratch           work_items * kv_heads * 2080 fp32 numbers, work_items as computed below
     arrival_counters  work_items * kv_heads int32, 0 before and after every launch

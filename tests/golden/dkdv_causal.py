@@ -88,7 +88,7 @@ def dkdv_kernel(
     v_offsets = batch * stride_vb + kv_head * stride_vh + rows64 * stride_vn + offs_d[None, :]
     v = tl.load(v_ptr + v_offsets, mask=mask_n[:, None], other=0.0)
 
-    # -- q, r, do and the row statistics of this sequence, streamed in blocks
+    # -- addresses of q, r, do and the row statistics, which are streamed in blocks; accumulators
     q_ptr += batch * stride_qb
     r_ptr += batch * stride_rb
     do_ptr += batch * stride_dob
@@ -99,11 +99,13 @@ def dkdv_kernel(
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
 
-    # -- the rows that see these keys: row i sees keys up to i + causal_offset. Blocks before unmasked_begin, the
-    #    first row that sees the last key, need a mask
+    # -- the rows that see these keys: row i sees keys up to i + causal_offset. Blocks that begin before unmasked_begin,
+    #    the first row that sees the last key, need a mask
     causal_offset = seqlen_kv - seqlen_q
     row_begin = tl.maximum(start_n - causal_offset, 0) // BLOCK_M * BLOCK_M
     unmasked_begin = start_n + BLOCK_N - 1 - causal_offset
+
+    # -- loop over these rows
     q_head = q_ptr + kv_head * stride_qh
     r_head = r_ptr + kv_head * stride_rh
     do_head = do_ptr + kv_head * stride_doh
@@ -120,7 +122,7 @@ def dkdv_kernel(
         do = tl.load(do_block + do_offsets, mask=mask_m[:, None], other=0.0)
 
         # -- p = softmax, transposed (keys are rows), so that it is the register operand of the next matmuls.
-        #    Each row statistic is loaded just before its use: spread along columns, the four would not fit together
+        #    Each row statistic is loaded just before its use: along columns, all four would take too many registers
         lse2 = tl.load(stats_head + offs_m)  # log2(e) lse; inf in padding rows, so that p is 0 there
         s = tl.dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(s * scale_log2 - lse2[None, :])

@@ -96,7 +96,7 @@ def dqdr_kernel(
     dp_mean = tl.load(stat_ptrs + 2 * stride_stat64)
     c = tl.load(stat_ptrs + 3 * stride_stat64)  # softmax_scale (dp_mean - delta)
 
-    # -- k and v of this sequence, streamed in blocks
+    # -- addresses of k and v, which are streamed in blocks; accumulators
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
     k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
@@ -107,6 +107,8 @@ def dqdr_kernel(
     # -- the keys that these rows see: row i sees keys up to i + causal_offset
     causal_offset = seqlen_kv - seqlen_q
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
+
+    # -- loop over these keys
     for start_n in tl.range(0, key_end, BLOCK_N):
         offs_n = start_n + range_n
         mask_n = offs_n < seqlen_kv  # keys past the end load as 0, and add nothing

@@ -7,11 +7,11 @@ generator  parallax_gen 0.1.0, kernel ec25e0eff07b
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
-The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of
-p = 2^(scale_log2 s - m) and d2 of p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v,
-with s = q.k and scale_log2 = log2(e) softmax_scale.
-Where few keys have most of a row's weight, o is a small difference of large sums of p v and p t v, which rounding p t
-for the matmul would lose; t - t_mean is small there.
+The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of p and d2 of
+p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v, where
+p = 2^(scale_log2 s - m) is not normalised, s = q.k and scale_log2 = log2(e) softmax_scale.
+Where few keys have most of a row's weight, o is a small difference of large sums of p v and p t v, and rounding p t for
+the matmul would spoil it; p (t - t_mean) is small there.
 """
 
 import torch
@@ -81,14 +81,14 @@ def forward_kernel(
     k_offsets = range_n[:, None] * stride_kn + offs_d[None, :]
     v_offsets = range_n[:, None] * stride_vn + offs_d[None, :]
 
-    # -- the keys that these rows see: row i sees keys up to i + causal_offset. Blocks past unmasked_end need
-    #    a mask
+    # -- the keys that these rows see: row i sees keys up to i + causal_offset. Blocks that reach past unmasked_end
+    #    need a mask
     causal_offset = seqlen_kv - seqlen_q
     last_key = offs_m + causal_offset
     unmasked_end = start_m + causal_offset + 1
     key_end = tl.minimum(start_m + BLOCK_M + causal_offset, seqlen_kv)
 
-    # -- the running maximum and the sums, before any key
+    # -- the running maximum and the sums before any key
     m = tl.full([BLOCK_M], LOWEST_M, tl.float32)
     d1 = tl.zeros([BLOCK_M], tl.float32)
     d2 = tl.zeros([BLOCK_M], tl.float32)
@@ -96,7 +96,7 @@ def forward_kernel(
     o1 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     o2 = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
-    # -- the keys, block by block; the last block may reach past the end
+    # -- loop over blocks of keys; the last block may reach past the end
     for start_n in tl.range(0, key_end, BLOCK_N):
         offs_n = start_n + range_n
         mask_n = offs_n < seqlen_kv
@@ -115,18 +115,17 @@ def forward_kernel(
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s * scale_log2 - m_new[:, None])
 
-        # -- the sums. o2 is that of p (t - t_mean) v, with t's running mean: where few keys hold a row's weight,
-        #    t - t_mean is small there, and so is what rounding adds
+        # -- the sums of p and p t, and the new center of t: their quotient
         pt = p * t
         d1 = d1 * alpha + tl.sum(p, 1)
         d2 = d2 * alpha + tl.sum(pt, 1)
-        inv_sqrt_d1 = tl.rsqrt(d1)  # one instruction, where a division takes ten
+        inv_sqrt_d1 = tl.rsqrt(d1)  # its square is 1/d1: one instruction, where a division takes ten
         t_mean_new = tl.where(d1 > 0.0, d2 * inv_sqrt_d1 * inv_sqrt_d1, 0.0)
         shift = t_mean - t_mean_new
         p_operand = p.to(v.dtype)
         pt_operand = (pt - p * t_mean_new[:, None]).to(v.dtype)
 
-        # -- the products with v. Where the center falls by shift, o2 rises by shift times o1
+        # -- the products with v. Lowering the center by shift adds shift * o1 to o2
         o1 *= alpha[:, None]
         o2 = o2 * alpha[:, None] + shift[:, None] * o1
         o1 = tl.dot(p_operand, v, acc=o1)

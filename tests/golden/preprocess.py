@@ -8,7 +8,7 @@ generator  parallax_gen 0.1.0, kernel 7991c8e35b4b
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
 Inputs are do, the gradient of the output, and what the forward saved: v_mean_i = sum_j p_ij v_j, t_mean_i and
-lse_i, the log of the sum of the exponentials of its scores.
+lse_i, the log of the sum of the exponentials of row i's scores.
 """
 
 import torch
