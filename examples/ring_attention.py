@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[65536] if ON_GPU else [64])
     parser.add_argument("--heads", type=int, default=16 if ON_GPU else 2)
     parser.add_argument("--head-dim", type=int, default=128 if ON_GPU else 16)
-    parser.add_argument("--full", action="store_true", help="every query sees every key; causal without")
+    parser.add_argument("--full", action="store_true", help="every query sees every key, instead of causal")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if ON_GPU else 2)
     options = parser.parse_args()
     if "RANK" in os.environ:  # started by torchrun
@@ -82,18 +82,18 @@ def check(heads: int, head_dim: int, causal: bool) -> None:
     out = ring_attn_func(*mine, causal=causal)
     grads = torch.autograd.grad(out, mine, shard_sequence(do, causal=causal))
     alone = [x.clone().requires_grad_() for x in inputs]
-    wanted = parallax_attn_func(*alone, causal=causal)
-    wanted_grads = torch.autograd.grad(wanted, alone, do)
+    expected = parallax_attn_func(*alone, causal=causal)
+    expected_grads = torch.autograd.grad(expected, alone, do)
     names = ("out", "dq", "dr", "dk", "dv")
-    for name, part, expected in zip(names, (out, *grads), (wanted.detach(), *wanted_grads), strict=True):
-        found = gather_sequence(part, causal=causal)
-        error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    for name, part, whole in zip(names, (out, *grads), (expected.detach(), *expected_grads), strict=True):
+        result = gather_sequence(part, causal=causal)
+        error = float((result.double() - whole.double()).norm() / whole.double().norm())
         print_on_rank_0(f"  {name}: off by {error:.1e} of the norm from one rank's")
         assert error < 2e-2, name  # parts are rounded to 16 bits before they are merged
 
 
 def measure(tokens: int, heads: int, head_dim: int, causal: bool) -> None:
-    """Print milliseconds and TFLOP/s per card of the ring and of one card, and the time of the passing alone."""
+    """Print milliseconds and TFLOP/s per card of the ring and of one card, and the time of passing keys and values."""
     ranks = dist.get_world_size()
     times = time_forward_and_step(
         ring_attn_func, sequences(tokens // ranks, heads, head_dim, seed=5 * dist.get_rank()), causal
@@ -113,7 +113,9 @@ def measure(tokens: int, heads: int, head_dim: int, causal: bool) -> None:
             f"{tokens} tokens, {name}: {ours:.2f} ms on {ranks} cards, {rate:.0f} TFLOP/s a card; "
             f"one alone {one:.2f} ms, {single:.0f} TFLOP/s: {100 * rate / single:.0f} %"
         )
-    print_on_rank_0(f"{tokens} tokens, keys and values once round with nothing to hide behind: {passing:.2f} ms")
+    print_on_rank_0(
+        f"{tokens} tokens, passing keys and values around once, without compute that hides it: {passing:.2f} ms"
+    )
 
 
 def sequences(tokens: int, heads: int, head_dim: int, seed: int) -> list[Tensor]:

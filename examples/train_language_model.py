@@ -31,7 +31,7 @@ VOCABULARY = 256  # bytes
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
 WEIGHT_DECAY = 0.1  # of the layers' matrices alone
-VALIDATIONS = 20  # in a run at the most, besides the one before the first step
+VALIDATIONS = 20  # at most in a run, besides the one before the first step
 VALIDATION_BATCHES = 16
 # Other packages and tests are not on every machine; the encodings are tables, near copies of one another.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "testing", "encodings"}
@@ -200,16 +200,14 @@ def train(name: str, model: LanguageModel, text: Tensor, held_out: Tensor, setti
         model.compile()
     optimizers = optimizers_of(model, settings)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: schedule(step, settings.steps)) for o in optimizers]
-    generator = torch.Generator().manual_seed(
-        settings.seed
-    )  # a generator of this call, so that both models see the same batches
-    reach = torch.arange(settings.seqlen + 1, device=text.device)
+    generator = torch.Generator().manual_seed(settings.seed)  # seeded anew, so that both models see the same batches
+    window = torch.arange(settings.seqlen + 1, device=text.device)
     count = VALIDATION_BATCHES * settings.batch
     spread = held_out.unfold(0, settings.seqlen + 1, max(settings.seqlen + 1, len(held_out) // count))[:count]
 
     def step() -> Tensor:
         starts = torch.randint(len(text) - settings.seqlen, (settings.batch, 1), generator=generator)
-        loss = loss_of(model, text[starts.to(text.device) + reach])
+        loss = loss_of(model, text[starts.to(text.device) + window])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for each in (*optimizers, *schedules):
@@ -265,7 +263,7 @@ def draw(path: Path, curves: dict[str, Curve], title: str) -> bool:
         above.plot(range(1, len(curve.train) + 1), curve.train, color=color, alpha=0.3, linewidth=0.6)
         label = f"{name}, {curve.last_validation:.4f} at the end"
         above.plot(curve.validation.keys(), curve.validation.values(), color=color, marker="o", ms=3, label=label)
-    # The losses of the first steps would dominate the axis.
+    # The axis ends at the second-highest validation loss: that before the first step would dominate it.
     above.set(title=title, ylabel="loss, nats a byte", ylim=(None, sorted(softmax.validation.values())[-2]))
     above.legend(title="validation (thin: training)")
     difference = [parallax.validation[step] - loss for step, loss in softmax.validation.items()]
@@ -285,22 +283,28 @@ def option(name: str, help: str, **more: Any) -> Any:
 
 @click.command(help=__doc__)
 @option("steps", "Steps of each model.", type=click.IntRange(1))
-@option("layers", "Attention and MLP, each with a norm before it.", type=click.IntRange(1))
-@option("width", "Of the residual stream: a multiple of --head-dim.", type=click.IntRange(8))
-@option("head-dim", "Of each attention head: a multiple of 8 up to 256.", type=click.IntRange(8, 256))
+@option("layers", "Layers of attention and an MLP, each after a norm.", type=click.IntRange(1))
+@option("width", "Width of the residual stream: a multiple of --head-dim.", type=click.IntRange(8))
+@option("head-dim", "Size of an attention head: a multiple of 8 up to 256.", type=click.IntRange(8, 256))
 @option("seqlen", "Bytes in a sequence.", type=click.IntRange(1))
 @option("batch", "Sequences in a step.", type=click.IntRange(1))
-@option("learning-rate", "At its highest: warmed up to, and decayed to 0 over the last third.", type=float)
-@option("optimizer", "Of the layers' matrices; the rest has AdamW.", type=click.Choice(["muon", "adamw"]))
-@option("seed", "Of the first weights and the batches.", type=int)
+@option("learning-rate", "The peak, after a warm-up; it decays to 0 over the last third of the steps.", type=float)
+@option("optimizer", "For the layers' matrices; the other parameters use AdamW.", type=click.Choice(["muon", "adamw"]))
+@option("seed", "For the initial weights and the batches.", type=int)
 @option("compile", "Compile both models with torch.compile.", is_flag=True)
 @click.option("--device", default=None, help="cuda, cpu, ...  [default: cuda where there is one]")
-@click.option("--out", default="language_model", show_default=True, type=click.Path(path_type=Path), help="A folder.")
+@click.option(
+    "--out",
+    default="language_model",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The folder for losses.csv and losses.png.",
+)
 def main(out: Path, device: str | None, **options: Any) -> None:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(device=device, **options)
     if settings.width % settings.head_dim or settings.head_dim % 8:
-        raise click.UsageError("--width is to be a multiple of --head-dim, and --head-dim one of 8")
+        raise click.UsageError("--width must be a multiple of --head-dim, and --head-dim a multiple of 8")
     out.mkdir(parents=True, exist_ok=True)
 
     text, held_out = read_text(device)

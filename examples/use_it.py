@@ -10,12 +10,12 @@ from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch, heads, kv_heads, head_dim, prompt, room = 2, 8, 2, 64, 48, 64
+    batch, heads, kv_heads, head_dim, prompt, capacity = 2, 8, 2, 64, 48, 64
 
     def normal(seqlen: int, n: int) -> torch.Tensor:
         return torch.randn(batch, seqlen, n, head_dim, device=device, dtype=torch.float16)
 
-    k_cache, v_cache = normal(room, kv_heads), normal(room, kv_heads)
+    k_cache, v_cache = normal(capacity, kv_heads), normal(capacity, kv_heads)
     q, r = normal(prompt, heads), normal(prompt, heads) / head_dim
     out = parallax_attn_func(q, r, k_cache[:, :prompt], v_cache[:, :prompt], causal=True)
     print("prefill", tuple(out.shape))
