@@ -60,14 +60,18 @@ def _rescale(o, alpha, shift):
 @triton.jit
 def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, t_mean, o):
     """Update the rows' state (m, d1, d2, t_mean, o) by a block of keys and values [BLOCK_N, HEAD_DIM]."""
+    # -- scores
     st = tl.dot(qr, tl.trans(k))
     s, _ = _unstack(st)  # [BLOCK_H, BLOCK_N] each
     s = tl.where(visible[None, :], s, float("-inf"))
 
+    # -- the online softmax
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
     alpha = tl.exp2(m - m_new)
     p = tl.exp2(s * scale_log2 - m_new[:, None])
-    # multiplying q's rows by 1 and r's by t stacks p and p t in fewer instructions than a join
+
+    # -- the sums, and the new center of t. Multiplying q's rows by 1 and r's by t stacks p and p t in fewer
+    #    instructions than a join
     p_twice = _repeat(p)
     is_query = (tl.arange(0, st.shape[0]) % (2 * STACK_ROWS) < STACK_ROWS)[:, None]
     sum_p, sum_pt = _unstack(tl.sum(p_twice * tl.where(is_query, 1.0, st), 1, keep_dims=True))  # [BLOCK_H, 1] each
@@ -75,6 +79,8 @@ def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, t_mean, o):
     d2 = d2 * alpha + tl.reshape(sum_pt, d2.shape)
     t_mean_new = d2 / d1
     p_pt = (p_twice * tl.where(is_query, 1.0, st - _repeat(t_mean_new[:, None]))).to(v.dtype)
+
+    # -- the products with v
     o = tl.dot(p_pt, v, acc=_rescale(o, alpha, t_mean - t_mean_new))  # [2*BLOCK_H, HEAD_DIM]
     return m_new, d1, d2, t_mean_new, o
 
