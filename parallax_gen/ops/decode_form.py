@@ -60,7 +60,9 @@ class CacheForm:
     @property
     def dim_constants(self) -> tuple[Constant, ...]:
         """head_dim, and the width of a row if that is another."""
-        padded = Constant("PADDED_DIM", self.row_width, "width of a tile's rows, a power of two: 0 past HEAD_DIM")
+        padded = Constant(
+            "PADDED_DIM", self.row_width, "width of a tile's rows, a power of two; rows are 0 past HEAD_DIM"
+        )
         return (Constant("HEAD_DIM", self.spec.head_dim), *[padded] * self.padded)
 
     @property

@@ -148,7 +148,7 @@ def decode_kernel(
     o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
     # -- loop over the keys. A block that would reach past the end is moved back, and the keys that it repeats are
-    #    masked: so loads need no mask, and nothing past the end is read
+    #    masked, so that loads need no mask and nothing past the end is read
     last_block_start = tl.maximum(seqlen_kv - BLOCK_N, 0)
     for start_n in tl.range(0, seqlen_kv, BLOCK_N):
         block_start = tl.minimum(start_n, last_block_start)

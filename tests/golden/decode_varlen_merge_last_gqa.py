@@ -229,7 +229,7 @@ def decode_varlen_kernel(
         seq += tl.sum(is_before.to(tl.int32), 0)
         first_work_item = tl.maximum(first_work_item, tl.max(tl.where(is_before, ends, 0), 0))
         num_work_items += tl.sum(work_items, 0)
-    if work_item >= num_work_items:  # the grid has an upper bound of them
+    if work_item >= num_work_items:  # the grid is an upper bound
         return
 
     # -- the work item's tile of rows, and its split of the tile's keys
@@ -276,7 +276,7 @@ def decode_varlen_kernel(
     o = tl.zeros([2 * BLOCK_H, HEAD_DIM], tl.float32)
 
     # -- loop over the keys. A block that would reach past the end is moved back, and the keys that it repeats are
-    #    masked: so loads need no mask, and nothing past a sequence's end is read
+    #    masked, so that loads need no mask and nothing past a sequence's end is read
     k_ptr += seq64 * stride_kb + kv_head * stride_kh
     v_ptr += seq64 * stride_vb + kv_head * stride_vh
     # a sequence shorter than a block repeats its last key
