@@ -9,6 +9,7 @@ import pytest
 import torch
 from gpu_arithmetic import use_in_interpreter
 from hypothesis import settings
+from interpreter_speed import leave_out_what_has_no_effect
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set before any test imports one.
 if not torch.cuda.is_available():
@@ -58,6 +59,14 @@ def _session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setenv("PARALLAX_GEN_CACHE_DIR", str(folder / "cache"))
         patch.setenv("PARALLAX_GEN_DB", str(folder / "tuning.db"))
         patch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(folder / "triton")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_A_GPU:
+            leave_out_what_has_no_effect(patch)
         yield
 
 
