@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning:triton"),
 ]
 
-CONFIG = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=2, merge="last", num_warps=1, num_stages=2)
+CONFIG = DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=2, merge="last", num_warps=1, num_stages=2)
 CACHES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 FORMS = [("bf16", "e4m3"), ("bf16", "e5m2"), ("fp16", "e4m3"), ("fp16", "e5m2")]
 HEADS, HEAD_DIM = 2, 64
@@ -39,7 +39,15 @@ def codes(cache: str, chosen: list[int], shape: tuple[int, ...], seed: int) -> T
 
 
 def check(
-    dtype: str, cache: str, k: Tensor, v: Tensor, *, of_q: float, of_r: float, scales: tuple[float, float]
+    dtype: str,
+    cache: str,
+    k: Tensor,
+    v: Tensor,
+    *,
+    of_q: float,
+    of_r: float,
+    scales: tuple[float, float],
+    block_n: int = 64,
 ) -> None:
     """Check queries and probes of these magnitudes over keys and values (keys, HEAD_DIM) with these scales."""
     spec = KernelSpec("decode_varlen", HEAD_DIM, dtype, group=HEADS, stats=True, cache_dtype=cache)
@@ -49,7 +57,7 @@ def check(
     inputs.cache_seqlens = torch.tensor([len(k)], dtype=torch.int32)
     inputs.k_scale, inputs.v_scale = (torch.tensor([scale]) for scale in scales)
     for block_h in (8, 16):
-        config = replace(CONFIG, BLOCK_H=block_h)
+        config = replace(CONFIG, BLOCK_N=block_n, BLOCK_H=block_h)
         wide = replace(spec, many_queries=True) if block_h > 8 else spec
         found = verify.launch_and_check(
             render(wide, config, GPUS["h200"]), wide, config, inputs, verify.oracle(wide, inputs)
@@ -106,4 +114,4 @@ def test_bf16_probes_beyond_the_range_of_fp16(cache: str, size: float) -> None:
 def test_many_keys_of_small_weight(dtype: str, cache: str) -> None:
     draw = torch.Generator().manual_seed(8)
     k, v = (torch.randn(6000, HEAD_DIM, generator=draw).to(CACHES[cache]) for _ in range(2))
-    check(dtype, cache, k, v, of_q=0.1, of_r=0.1, scales=(1.0, 1.0))
+    check(dtype, cache, k, v, of_q=0.1, of_r=0.1, scales=(1.0, 1.0), block_n=128)

@@ -40,7 +40,7 @@ pytestmark = [
 
 FORWARD = ForwardConfig(BLOCK_M=64, BLOCK_N=64, GROUP_HEADS=1, num_warps=4, num_stages=2)
 FIXED = replace(FORWARD, SOFTMAX="fixed_reference")
-DECODE = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
+DECODE = DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
 
 
 @dataclass(frozen=True)
