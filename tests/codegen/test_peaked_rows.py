@@ -167,7 +167,7 @@ def quick_or_slow() -> Iterator[object]:
             yield pytest.param(case, kind, marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("case", "kind"), quick_or_slow())
+@pytest.mark.parametrize(("case", "kind"), list(quick_or_slow()))
 def test_errors_of_peaked_rows(case: str, kind: str) -> None:
     assert times_the_error_of_softmax(CASES[case], kind) <= largest(CASES[case].config)
 
