@@ -273,7 +273,8 @@ class ForwardVariant:
 
     def constants(self, stats: bool) -> list[Constant]:
         """The constants that a kernel of this variant has beside those of its tiles."""
-        return [*[LN_2] * stats, LOWEST_M if self.online else Constant("MAX_SUM", "1.8446744e19", "2^64")]
+        max_sum = Constant("MAX_SUM", "1.8446744e19", "2^64: sums of p t v fit fp32 while |t v| is below 2^64")
+        return [*[LN_2] * stats, LOWEST_M if self.online else max_sum]
 
 
 @dataclass(frozen=True)

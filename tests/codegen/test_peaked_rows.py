@@ -90,10 +90,10 @@ CASES = {
 # A kernel rounds p, p (t - t_mean) and the output, each by about the same share, e. Softmax attention rounds p and the
 # output. Where several keys share the weight, all of them count: sqrt(3) e over sqrt(2) e. Where one key has it, its p
 # is 1 and its t - t_mean small. What is left is the output's rounding and that of the other keys' p (t - t_mean), at
-# most as large: sqrt(2). With a fixed reference the largest p is not 1 and is rounded, too: sqrt(3) at most. OF_DECODE
-# is sqrt(2). Few rows have the largest errors of a forward, whose roundings are a draw: ONLINE adds 6 % to sqrt(2), and
-# FIXED_REFERENCE is between (1.57 is the most of three seeds).
-ONLINE, FIXED_REFERENCE, OF_DECODE = 1.5, 1.6, 1.4
+# most as large: sqrt(2). With a fixed reference the largest p is not 1 and is rounded, too: sqrt(3) at most. Few rows
+# have the largest errors of a forward, whose roundings are a draw: ONLINE adds 6 % to sqrt(2), OF_NORMAL_ROWS 6 % to
+# sqrt(3/2). FIXED_REFERENCE and OF_DECODE are what three seeds have at most (1.57, 1.23), rounded up.
+OF_NORMAL_ROWS, ONLINE, FIXED_REFERENCE, OF_DECODE = 1.3, 1.5, 1.6, 1.25
 
 
 def softmax_attention(spec: KernelSpec, x: Inputs) -> tuple[Tensor, Tensor]:
@@ -149,10 +149,13 @@ def times_the_error_of_softmax(case: Case, kind: str) -> float:
     return ours / errors(rounded, exact).relative
 
 
-def largest(config: KernelConfig) -> float:
+def largest(case: Case, kind: str) -> float:
+    config = case.config
     if isinstance(config, DecodeConfig):
         return OF_DECODE
     assert isinstance(config, ForwardConfig)
+    if kind == "normal":
+        return OF_NORMAL_ROWS
     return FIXED_REFERENCE if config.SOFTMAX == "fixed_reference" else ONLINE
 
 
@@ -169,7 +172,7 @@ def quick_or_slow() -> Iterator[object]:
 
 @pytest.mark.parametrize(("case", "kind"), list(quick_or_slow()))
 def test_errors_of_peaked_rows(case: str, kind: str) -> None:
-    assert times_the_error_of_softmax(CASES[case], kind) <= largest(CASES[case].config)
+    assert times_the_error_of_softmax(CASES[case], kind) <= largest(CASES[case], kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,8 +8,8 @@ generator  parallax_gen 0.1.0, kernel ec25e0eff07b
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
 The running state of a row is (m, d1, d2, t_mean, o1, o2): the maximum m of scale_log2 s, the sums d1 of p and d2 of
-p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v, where
-p = 2^(scale_log2 s - m) is not normalised, s = q.k and scale_log2 = log2(e) softmax_scale.
+p t, the center t_mean = d2 / d1, and the sums o1 of p v and o2 of p (t - t_mean) v, where p = 2^(scale_log2 s - m) is
+not normalised, s = q.k and scale_log2 = log2(e) softmax_scale.
 Where few keys have most of a row's weight, o is a small difference of large sums of p v and p t v, and rounding p t for
 the matmul would spoil it; p (t - t_mean) is small there.
 """

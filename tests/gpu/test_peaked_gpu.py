@@ -21,7 +21,9 @@ from parallax_gen.oracle.reference import reference_backward, reference_forward
 pytestmark = pytest.mark.gpu
 
 CASES = [(64, "bf16"), (128, "bf16"), (256, "bf16"), (96, "fp16"), (128, "fp16")]
-OF_SOFTMAX = 1.6  # times its error, the most of either softmax in the interpreter
+ALIKE = ("twin keys", "six alike")  # several keys of nearly equal t share the weight
+# times softmax attention's error
+OF_DISTINCT_KEYS, OF_ALIKE_KEYS, OF_LARGE_PROBES = 1.5, 1.6, 1.8
 
 
 def inputs(
@@ -42,23 +44,23 @@ def softmax_of_torch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, reference_forward(q, torch.zeros_like(q), k, v, causal=True).out
 
 
-def assert_error(x: list[Tensor], dtype: str) -> None:
-    """The forward's error is at most OF_SOFTMAX times that of softmax attention."""
+def assert_error(x: list[Tensor], dtype: str, most: float) -> None:
+    """The forward's error is at most `most` times that of softmax attention."""
     ours = errors(parallax_attn_func(*x, causal=True), reference_forward(*x, causal=True).out).relative
     # The error of an output's rounding alone is a sixth of the tolerance. Where softmax attention is a row of v almost
     # exactly, it has not even that; Parallax attention is no row of v.
-    assert ours <= OF_SOFTMAX * max(errors(*softmax_of_torch(x[0], x[2], x[3])).relative, tolerance(dtype) / 6)
+    assert ours <= most * max(errors(*softmax_of_torch(x[0], x[2], x[3])).relative, tolerance(dtype) / 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("head_dim", "dtype"), CASES)
 def test_the_forward(kind: str, head_dim: int, dtype: str) -> None:
-    assert_error(inputs(kind, head_dim, dtype), dtype)
+    assert_error(inputs(kind, head_dim, dtype), dtype, OF_ALIKE_KEYS if kind in ALIKE else OF_DISTINCT_KEYS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_probes(kind: str) -> None:
-    assert_error(inputs(kind, 128, "bf16", probes=8), "bf16")
+    assert_error(inputs(kind, 128, "bf16", probes=8), "bf16", OF_LARGE_PROBES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
