@@ -27,6 +27,7 @@ _LETTERS = {
     "HEAD_DIM_LAYOUT": "",
     "maxnreg": "r",
     "MASK": "",
+    "QR_TILE": "",
     "SOFTMAX": "",
     "ROW_STATS": "",
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.head_dim import power_of_2
-from parallax_gen.ops.signature import LOWEST_M, Constant, Index
+from parallax_gen.ops.signature import LOWEST_M, MIN_D1, Constant, Index, dim_constants
 from parallax_gen.problem.spec import KernelSpec
 
 
@@ -60,10 +60,7 @@ class CacheForm:
     @property
     def dim_constants(self) -> tuple[Constant, ...]:
         """head_dim, and the width of a row if that is another."""
-        padded = Constant(
-            "PADDED_DIM", self.row_width, "width of a tile's rows, a power of two; rows are 0 past HEAD_DIM"
-        )
-        return (Constant("HEAD_DIM", self.spec.head_dim), *[padded] * self.padded)
+        return dim_constants(self.spec.head_dim, self.row_width)
 
     @property
     def rows(self) -> Index:
@@ -132,6 +129,11 @@ class CacheForm:
         return self.spec.dtype != "fp32"
 
     @property
+    def min_d1(self) -> Constant:
+        """The least divisor of d2. d1 stays 0 where a row sees no key of a block, or all scores overflow to -inf."""
+        return MIN_D1
+
+    @property
     def state(self) -> str:
         """The names of the rows' running state, without o."""
         return "m, d1, d2, t_mean" if self.is_centered else "m, d1, d2"
@@ -150,11 +152,6 @@ class CacheForm:
     def visible(self) -> str:
         """Which keys each row sees, [1 or BLOCK_H, BLOCK_N]."""
         return "visible" if self.masks_by_row else "visible[None, :]"
-
-    @property
-    def running_t_mean(self) -> str:
-        """The mean of t over the keys so far."""
-        return "tl.where(d1 > 0.0, d2 / d1, 0.0)" if self.masks_by_row else "d2 / d1"
 
     @property
     def block_comment(self) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from parallax_gen.ops.decode_form import CacheForm
 from parallax_gen.ops.fp8 import WIDENINGS, Widening
-from parallax_gen.ops.head_dim import power_of_2
 from parallax_gen.ops.signature import LN_2, LOWEST_M, Constant, Padding
 
 
@@ -102,8 +101,7 @@ class VarlenForm(CacheForm):
     @property
     def padding(self) -> Padding:
         """What the kernel writes to rows of no sequence."""
-        width = power_of_2(self.spec.head_dim)
-        return Padding(("o",), "m", "q", self.spec.stats, width, width != self.spec.head_dim)
+        return Padding(("o",), "m", "q", self.spec.stats, self.spec.head_dim)
 
     @property
     def queries(self) -> QueryLayout:

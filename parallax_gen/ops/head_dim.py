@@ -47,7 +47,7 @@ def chunks_of(head_dim: int, head_dim_layout: str) -> list[Chunk]:
     """
     if head_dim_layout != "chunked":
         width = max(16, power_of_2(head_dim))
-        return [Chunk("", 0, width, head_dim, "offs_d", "HEAD_DIM" if width == head_dim else str(width))]
+        return [Chunk("", 0, width, head_dim, "offs_d", "HEAD_DIM" if width == head_dim else "PADDED_DIM")]
     left = -(-head_dim // 16) * 16
     chunks: list[Chunk] = []
     start = 0

@@ -16,7 +16,15 @@ from parallax_gen.ops.base import (
     register,
 )
 from parallax_gen.ops.head_dim import power_of_2, width_of
-from parallax_gen.ops.signature import Argument, Constant, Signature, number, pointers, row_stats_strides
+from parallax_gen.ops.signature import (
+    Argument,
+    Constant,
+    Signature,
+    dim_constants,
+    number,
+    pointers,
+    row_stats_strides,
+)
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -91,7 +99,7 @@ class PreprocessOp(Op[PreprocessConfig]):
         passed = (
             *pointers(self.tensors(spec, config)),
             *strides,
-            row_stats_strides(spec),
+            *row_stats_strides(spec),
             number("softmax_scale"),
             number("heads"),
             length,
@@ -104,11 +112,11 @@ class PreprocessOp(Op[PreprocessConfig]):
         padded = width != spec.head_dim
         constants = (
             Constant("LOG2_E", 1.4426950408889634),
-            Constant("HEAD_DIM", spec.head_dim),
+            *dim_constants(spec.head_dim, width),
             Constant("BLOCK_M", config.BLOCK_M, "query rows per program"),
             *(PADDED_TO_IN_KERNELS,) * spec.varlen,
         )
-        return RowForm(str(width) if padded else "HEAD_DIM", padded, constants)
+        return RowForm("PADDED_DIM" if padded else "HEAD_DIM", padded, constants)
 
     def awkward_shape(self, spec: KernelSpec, config: PreprocessConfig, kv_heads: int = 3) -> Shape:
         return Shape(2, kv_heads, kv_heads, 2 * config.BLOCK_M + 3, 2 * config.BLOCK_M + 3)

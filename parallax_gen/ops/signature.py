@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from parallax_gen.ops.head_dim import power_of_2
 from parallax_gen.problem.spec import KernelSpec
 
 # Tensor -> a kernel's name for it, where that differs.
@@ -103,26 +104,43 @@ class Constant:
 LN_2 = Constant("LN_2", 0.6931471805599453)
 # The initial m of an online softmax.
 LOWEST_M = Constant("LOWEST_M", "-3.0e38", "finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN")
+# Below any d1 of a row that has seen a key, but for a fixed reference that is far larger than its scores.
+MIN_D1 = Constant("MIN_D1", "1e-30", "stands in for d1 while it is 0, so that d2 / d1 is 0 and not NaN")
+
+
+def dim_constants(head_dim: int, row_width: int) -> tuple[Constant, ...]:
+    """HEAD_DIM, and the width of a tile's rows if that is another."""
+    padded = Constant("PADDED_DIM", row_width, "width of a tile's rows, a power of two; rows are 0 past HEAD_DIM")
+    return (Constant("HEAD_DIM", head_dim), *[padded] * (row_width != head_dim))
 
 
 @dataclass(frozen=True)
 class Padding:
     """What a kernel on packed sequences writes to rows of no sequence. Only the device knows which rows those are.
 
-    vectors    tensors of rows of head_dim elements, which are set to 0: the kernel's names for them
-    letter     m or n: names the row stride
-    tensor     the input with the same rows: q or k
-    stats      whether v_mean, with the strides of o, and t_mean are set to 0 too, and lse to -inf
-    row_width  the width of a row in a tile: the next power of two
-    padded     whether that is more than head_dim
+    vectors   tensors of rows of head_dim elements, which are set to 0: the kernel's names for them
+    letter    m or n: names the row stride
+    tensor    the input with the same rows: q or k
+    stats     whether v_mean, with the strides of o, and t_mean are set to 0 too, and lse to -inf
+    head_dim  the elements of a row
     """
 
     vectors: tuple[str, ...]
     letter: str
     tensor: str
     stats: bool
-    row_width: int
-    padded: bool
+    head_dim: int
+
+    @property
+    def padded(self) -> bool:
+        """Whether a row's width in a tile, a power of two, is more than head_dim."""
+        return power_of_2(self.head_dim) != self.head_dim
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """The constants of the function that writes it."""
+        dims = dim_constants(self.head_dim, power_of_2(self.head_dim))
+        return (*dims, Constant("BLOCK_HEADS", 16, "heads per iteration"))
 
     @property
     def strides_like(self) -> dict[str, str]:
@@ -176,6 +194,7 @@ def score_scales(spec: KernelSpec) -> tuple[Argument, ...]:
     return (cap_scale, number("scale_log2", "softcap * LOG2_E"))
 
 
-def row_stats_strides(spec: KernelSpec) -> Argument:
+def row_stats_strides(spec: KernelSpec) -> tuple[Argument, Argument]:
     """The strides of preprocess's output between statistics and between heads; the last dimension is contiguous."""
-    return Argument(("stride_stat", "stride_stath"), f"*row_stats.stride()[{':2' if spec.varlen else ':3:2'}]")
+    head = number("stride_stath", f"row_stats.stride({1 if spec.varlen else 2})")
+    return number("stride_stat", "row_stats.stride(0)"), head

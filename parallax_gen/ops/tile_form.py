@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallax_gen.ops.base import PADDED_TO_IN_KERNELS
-from parallax_gen.ops.head_dim import Chunk, power_of_2, width_of
-from parallax_gen.ops.signature import LN_2, LOWEST_M, SOFTCAP_ABOUT, Constant, Index, Padding
+from parallax_gen.ops.head_dim import Chunk, width_of
+from parallax_gen.ops.signature import LN_2, LOWEST_M, MIN_D1, SOFTCAP_ABOUT, Constant, Index, Padding, dim_constants
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
 from parallax_gen.problem.spec import KernelSpec
 
@@ -101,6 +101,11 @@ class TileForm:
         return False
 
     @property
+    def stacks_qr(self) -> bool:
+        """Whether rows of q and r are stacked in one tile, so that one matmul gives s and t."""
+        return False
+
+    @property
     def masks_edge_blocks_only(self) -> bool:
         """Whether only blocks that the diagonal or a window's edge crosses are masked, not every block."""
         return True
@@ -148,7 +153,8 @@ class TileForm:
         spec, config = self.spec, self.config
         owned, streamed = "per program", "per iteration"
         rows, keys = (streamed, owned) if self.op.owns_keys else (owned, streamed)
-        constants = [Constant("HEAD_DIM", spec.head_dim)] if self.names_head_dim else []
+        row_width = width_of(spec.head_dim, config.HEAD_DIM_LAYOUT) if len(self.score_chunks) == 1 else spec.head_dim
+        constants = list(dim_constants(spec.head_dim, row_width)) if self.names_head_dim else []
         if self.splits_head_dim:
             about = "dimensions per program: two programs share a tile"
             constants.append(Constant("HALF_DIM", spec.head_dim // 2, about))
@@ -202,8 +208,8 @@ class TileForm:
     @property
     def padding(self) -> Padding:
         """What the kernel writes to rows of no sequence."""
-        spec, width = self.spec, power_of_2(self.spec.head_dim)
-        return Padding(self.vectors, self.owned.letter, self.owned.tensor, spec.stats, width, width != spec.head_dim)
+        owned, spec = self.owned, self.spec
+        return Padding(self.vectors, owned.letter, owned.tensor, spec.stats, spec.head_dim)
 
     @property
     def q_doc(self) -> str:
@@ -319,6 +325,9 @@ class ForwardForm(TileForm):
         """The options of fixup_kernel's launch."""
         return (f"num_warps={self.config.num_warps}", "num_stages=1", "enable_fp_fusion=True")
 
+    def constants(self, grouped: bool = True) -> list[Constant]:
+        return [*super().constants(grouped), *[MIN_D1] * self.is_centered]
+
     @property
     def last_key(self) -> str:
         return "last_key[:, None]"
@@ -354,11 +363,22 @@ class GradientForm(TileForm):
 
     mask            the config's MASK: "after_exp" or "before_exp", in blocks that the diagonal or a window's edge
                     crosses; "after_exp always", in every block; "" for no mask
+    qr_tile         how q and r are held: "separate", or "stacked" in one tile
     separate_stats  whether each of a query row's four statistics is loaded where it is used
     """
 
     mask: str
+    qr_tile: str
     separate_stats: bool = False
+
+    @property
+    def stacks_qr(self) -> bool:
+        return self.qr_tile == "stacked"
+
+    @property
+    def stacked_shape(self) -> str:
+        """The shape of s and t where they are stacked as q and r are: for comments."""
+        return "[BLOCK_N, 2*BLOCK_M]" if self.op.owns_keys else "[2*BLOCK_M, BLOCK_N]"
 
     @property
     def needs_slope(self) -> bool:

@@ -15,7 +15,7 @@ from parallax_gen.problem.hardware import GPUS
 GPU = GPUS["h200"]
 
 # Endings and beginnings that the README's table of patterns explains.
-ENDINGS = r"_ptrs?|_offsets?|_head|_block|_row|_splits|_chunk|_stack|_\d|_this|_other|64"
+ENDINGS = r"_ptrs?|_offsets?|_head|_block|_row|_splits|_chunk|_stack|_qr|_\d|_this|_other|64"
 BEGINNINGS = r"stride_|offs_|mask_|range_|start_|num_|total_|first_"
 # Names in the table of patterns, and names that need no explanation.
 PLAIN = {
@@ -71,7 +71,7 @@ def names_of(kernel: Kernel) -> set[str]:
 
 @pytest.fixture(scope="module")
 def names() -> set[str]:
-    return set().union(*(names_of(kernel) for kernel in (*GOLDEN.values(), *random_kernels(150, GPU))))
+    return set().union(*(names_of(kernel) for kernel in (*GOLDEN.values(), *random_kernels(200, GPU))))
 
 
 def test_every_name_is_explained(names: set[str]) -> None:

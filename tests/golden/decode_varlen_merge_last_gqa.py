@@ -3,7 +3,7 @@
 spec       decode, head_dim 128, bf16, GQA 12:1, per-sequence lengths
 config     BLOCK_N=32 BLOCK_H=8 NUM_SPLITS=6 merge=last num_warps=2 num_stages=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel 123e1143ea0f
+generator  parallax_gen 0.1.0, kernel a8eab1f52f1e
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -39,6 +39,7 @@ def _load_lengths(
 
 
 STACK_ROWS = tl.constexpr(8)  # a stacked tile has 8 rows of q, the same 8 rows of r, the next 8 rows of q, ...
+MIN_D1 = tl.constexpr(1e-30)  # stands in for d1 while it is 0, so that d2 / d1 is 0 and not NaN
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def _attend_block(qr, k, v, visible, scale_log2, m, d1, d2, t_mean, o):
     sum_p, sum_pt = _unstack(tl.sum(p_twice * tl.where(is_query, 1.0, st), 1, keep_dims=True))  # [BLOCK_H, 1] each
     d1 = d1 * alpha + tl.reshape(sum_p, d1.shape)
     d2 = d2 * alpha + tl.reshape(sum_pt, d2.shape)
-    t_mean_new = d2 / d1
+    t_mean_new = d2 / tl.maximum(d1, MIN_D1)
     p_pt = (p_twice * tl.where(is_query, 1.0, st - _repeat(t_mean_new[:, None]))).to(v.dtype)
 
     # -- the products with v

@@ -3,7 +3,7 @@
 spec       dkdv, head_dim 128, bf16, MHA, causal
 config     BLOCK_M=64 BLOCK_N=128 GROUP_HEADS=4 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel d13bdd930c57
+generator  parallax_gen 0.1.0, kernel c14b90d7ec60
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -190,7 +190,8 @@ def launch(
         *do.stride()[:3],
         *dk.stride()[:3],
         *dv.stride()[:3],
-        *row_stats.stride()[:3:2],
+        row_stats.stride(0),
+        row_stats.stride(2),
         softmax_scale,
         softmax_scale * LOG2_E,
         batch * kv_heads,

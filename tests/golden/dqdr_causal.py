@@ -3,7 +3,7 @@
 spec       dqdr, head_dim 128, bf16, MHA, causal
 config     BLOCK_M=128 BLOCK_N=64 GROUP_HEADS=4 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel 49248663b090
+generator  parallax_gen 0.1.0, kernel 8252f284e619
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -175,7 +175,8 @@ def launch(
         *do.stride()[:3],
         *dq.stride()[:3],
         *dr.stride()[:3],
-        *row_stats.stride()[:3:2],
+        row_stats.stride(0),
+        row_stats.stride(2),
         softmax_scale,
         softmax_scale * LOG2_E,
         batch * heads,

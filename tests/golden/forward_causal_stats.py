@@ -3,7 +3,7 @@
 spec       forward, head_dim 128, bf16, MHA, causal, stats
 config     BLOCK_M=128 BLOCK_N=64 GROUP_HEADS=1 num_warps=8 num_stages=3
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel ec25e0eff07b
+generator  parallax_gen 0.1.0, kernel 44998aa5341a
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -54,6 +54,7 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr = 128
     BLOCK_M: tl.constexpr = 128  # query rows per program
     BLOCK_N: tl.constexpr = 64  # keys per iteration
+    MIN_D1: tl.constexpr = 1e-30  # stands in for d1 while it is 0, so that d2 / d1 is 0 and not NaN
     LN_2: tl.constexpr = 0.6931471805599453
     LOWEST_M: tl.constexpr = -3.0e38  # finite: a row that has seen no key must not compute exp2(-inf + inf) = NaN
 
@@ -119,8 +120,8 @@ def forward_kernel(
         pt = p * t
         d1 = d1 * alpha + tl.sum(p, 1)
         d2 = d2 * alpha + tl.sum(pt, 1)
-        inv_sqrt_d1 = tl.rsqrt(d1)  # its square is 1/d1: one instruction, where a division takes ten
-        t_mean_new = tl.where(d1 > 0.0, d2 * inv_sqrt_d1 * inv_sqrt_d1, 0.0)
+        inv_sqrt_d1 = tl.rsqrt(tl.maximum(d1, MIN_D1))  # its square replaces a division of ten instructions
+        t_mean_new = d2 * inv_sqrt_d1 * inv_sqrt_d1
         shift = t_mean - t_mean_new
         p_operand = p.to(v.dtype)
         pt_operand = (pt - p * t_mean_new[:, None]).to(v.dtype)

@@ -3,7 +3,7 @@
 spec       preprocess, head_dim 128, bf16
 config     BLOCK_M=32 num_warps=4
 gpu        NVIDIA H200 SXM
-generator  parallax_gen 0.1.0, kernel 7991c8e35b4b
+generator  parallax_gen 0.1.0, kernel d9989553bad6
 
 o_i = sum_j p_ij (1 + t_mean_i - t_ij) v_j  with  p_ij = softmax_j(softmax_scale q_i.k_j),  t_ij = r_i.k_j,
 t_mean_i = sum_j p_ij t_ij.
@@ -110,7 +110,8 @@ def launch(
         *do.stride()[:3],
         *out.stride()[:3],
         *v_mean.stride()[:3],
-        *row_stats.stride()[:3:2],
+        row_stats.stride(0),
+        row_stats.stride(2),
         softmax_scale,
         heads,
         seqlen_q,
