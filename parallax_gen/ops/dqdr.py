@@ -35,7 +35,7 @@ class DqDrOp(GradientOp[DqDrConfig]):
         usual=((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
         narrow=((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3)),
         wide=((32, 32, 4, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
-        split=((128, 32, 8, 1), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+        split=((64, 32, 4, 3), (128, 32, 8, 1), (64, 32, 4, 2), (64, 64, 8, 2)),
         fp32=((32, 32, 8, 2), (16, 16, 4, 2)),
     )
 
@@ -57,7 +57,7 @@ class DqDrOp(GradientOp[DqDrConfig]):
         return replace(config, MASK="before_exp")
 
     def fewer_instructions_pay(self, spec: KernelSpec, config: DqDrConfig) -> bool:
-        return spec.causal and not spec.window
+        return spec.causal
 
     def instructions_factor(self, spec: KernelSpec, config: DqDrConfig) -> float:
         """MASK from one H100, at head_dim 64 and 128: narrow heads gain more, since they have less to multiply.

@@ -344,8 +344,8 @@ class GradientOp(TiledOp[G]):
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[G]:
         """As of the other ops, but q and r are stacked on Hopper.
 
-        From one H200, in bf16 at head_dim 64, 96, 128 and 256: dkdv takes 1 to 12 % less time under Triton 3.6 and 3 to
-        16 % less under 3.9; dqdr takes 4 to 6 % less under 3.9, and 1 to 5 % more under 3.6.
+        From one H200, in bf16: dkdv takes 1 to 12 % less time under Triton 3.6 and 3 to 16 % less under 3.9; dqdr takes
+        4 to 11 % less under 3.9, and under 3.6 1 to 5 % more at head_dim 64 and 128, 5 to 9 % less at 96 and 256.
         """
         configs = super().defaults(spec, shape, gpu)
         if gpu.capability[0] != 9 or spec.bytes_per_element != 2:
