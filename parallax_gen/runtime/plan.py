@@ -17,8 +17,8 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.ops.base import Scratch, op_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.direct_launch import DirectLaunch, are_aligned, launch_by_jit, launch_directly
 from parallax_gen.runtime.dispatch import default_dispatcher, user_stacklevel
-from parallax_gen.runtime.launch_replay import RecordedKernel, are_aligned, record_launch, relaunch
 from parallax_gen.runtime.workspace import Workspace, split_workspace
 
 # A KV cache that grows by one key per step makes one plan per step. Beyond this many plans, all are dropped.
@@ -107,7 +107,7 @@ class LaunchPlan:
         self._device = device
         self.scratch = scratch
         self._workspace = shared_workspace(device) if scratch.floats else None
-        self._recorded: tuple[RecordedKernel, ...] | None = None
+        self._direct: tuple[DirectLaunch, ...] | None = None
         self._was_launched = False
 
     def launch(self, request: object, written: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
@@ -139,12 +139,12 @@ class LaunchPlan:
             tensors = (*tensors, states, counters) if scratch.counters else (*tensors, states)
         if not are_aligned(tensors):
             self._module.launch(*tensors, *self._numbers)
-        elif self._recorded is not None:
-            relaunch(self._recorded, tensors, stream)
+        elif self._direct is not None:
+            launch_directly(self._direct, tensors, stream)
         elif not self._was_launched:
-            self._recorded = record_launch(self._module, tensors, self._numbers)
+            self._direct = launch_by_jit(self._module, tensors, self._numbers)
             self._was_launched = True
-        else:  # this launch cannot be recorded
+        else:  # these kernels cannot be launched directly
             self._module.launch(*tensors, *self._numbers)
 
 

@@ -1,4 +1,4 @@
-"""The public functions on a card: results, replays with other tensors, several streams, CUDA graphs."""
+"""The public functions on a card: results, launches on other tensors, several streams, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def decode_inputs(batch: int, seqlen: int, heads: int, kv_heads: int) -> tuple[T
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (32, 8), (12, 1)])
 @pytest.mark.parametrize("seqlen", [1, 130, 4096, 16384])
-def test_decode_and_its_replays(seqlen: int, heads: int, kv_heads: int) -> None:
-    for _ in range(3):  # the first call is recorded, the others are replayed on new tensors
+def test_decode_by_the_jit_and_directly(seqlen: int, heads: int, kv_heads: int) -> None:
+    for _ in range(3):  # the first call goes through the JIT, the others launch directly
         inputs = decode_inputs(2, seqlen, heads, kv_heads)
         assert_close(parallax_attn_with_kvcache(*inputs), reference_forward(*inputs).out, "bf16")
 
@@ -41,7 +41,7 @@ def test_decode_with_lengths() -> None:
         assert not out[0].any()
 
 
-def test_replays_distinguish_one_tensor_as_q_and_r_from_two() -> None:
+def test_direct_launches_distinguish_one_tensor_as_q_and_r_from_two() -> None:
     q, r, k, v = decode_inputs(1, 500, 8, 8)
     q /= 12
     assert_close(parallax_attn_with_kvcache(q, q, k, v), reference_forward(q, q, k, v).out, "bf16")

@@ -1,4 +1,4 @@
-"""Recording and replaying a launch, with fake compiled kernels that record their arguments."""
+"""Direct launches after one by the JIT, with fake compiled kernels that note their arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import triton.compiler
 import triton.runtime.jit
 
-from parallax_gen.runtime.launch_replay import are_aligned, record_launch, relaunch
+from parallax_gen.runtime.direct_launch import are_aligned, launch_by_jit, launch_directly
 
 Launches = list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
 
@@ -56,14 +56,14 @@ def module_of(first: Any, second: Any) -> ModuleType:
     return module
 
 
-def test_replay_passes_new_tensors_to_the_recorded_kernels(launches: Launches) -> None:
+def test_a_direct_launch_passes_new_tensors_to_the_compiled_kernels(launches: Launches) -> None:
     module = module_of(FakeKernel(launches), FakeKernel(launches))
     x = torch.zeros(4)
-    launched = record_launch(module, (x, x, torch.zeros(4), torch.zeros(4)), (0.5,))  # q and r are the same tensor
+    launched = launch_by_jit(module, (x, x, torch.zeros(4), torch.zeros(4)), (0.5,))  # q and r are the same tensor
     assert launched is not None
     assert "run" not in vars(module.first)
     q, r, out, scratch = (torch.full((4,), float(i)) for i in range(4))
-    relaunch(launched, (q, r, out, scratch), stream=99)
+    launch_directly(launched, (q, r, out, scratch), stream=99)
     (grid_1, args_1, options_1), (grid_2, args_2, options_2) = launches
     assert (grid_1, grid_2) == ((8, 1, 1), (2, 3, 1))
     assert options_1 == options_2 == {"stream": 99}
@@ -73,15 +73,15 @@ def test_replay_passes_new_tensors_to_the_recorded_kernels(launches: Launches) -
     assert args_2[2:] == (7,)
 
 
-def test_only_compiled_kernels_are_replayed(launches: Launches) -> None:
+def test_only_compiled_kernels_are_launched_directly(launches: Launches) -> None:
     x = torch.zeros(4)
-    assert record_launch(module_of(FakeKernel(launches), None), (x, x, x, x), (0.5,)) is None
+    assert launch_by_jit(module_of(FakeKernel(launches), None), (x, x, x, x), (0.5,)) is None
 
 
 def test_methods_are_restored_after_a_failed_launch(launches: Launches) -> None:
     module = module_of(FakeKernel(launches), FakeKernel(launches))
     with pytest.raises(TypeError):
-        record_launch(module, (torch.zeros(4),), (0.5,))
+        launch_by_jit(module, (torch.zeros(4),), (0.5,))
     assert "run" not in vars(module.first)
 
 

@@ -1,8 +1,8 @@
-"""Records a launch once and repeats it without the argument binding that Triton's JIT does in every call.
+"""Launches compiled kernels directly, without the argument binding that Triton's JIT does in every call.
 
 `launch` of a rendered file passes about twenty arguments through the JIT, which inspects each to find the compiled
-kernel. For tensors of the same sizes, strides and alignment it finds the same one. So the first launch is recorded,
-and later ones pass their tensors straight to the recorded compiled kernels, with the same grid and scalars.
+kernel. For tensors of the same sizes, strides and alignment it finds the same one. So the first call goes through the
+JIT and keeps the compiled kernels; later calls pass their tensors straight to these, with the same grid and scalars.
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ ALIGNMENT = 16  # bytes: Triton specialises code for pointers with this alignmen
 
 
 @dataclass(frozen=True)
-class RecordedKernel:
-    """One kernel of a recorded launch: indices of the tensors that it takes, and the scalars after them."""
+class DirectLaunch:
+    """One compiled kernel at its grid, the indices of the tensors that it takes, and the scalars after them."""
 
-    run: Callable[..., None]  # Triton's compiled kernel at its grid
+    kernel: Callable[..., None]  # Triton's compiled kernel at the grid
     tensors: tuple[int, ...]
     scalars: tuple[Any, ...]
 
 
-def record_launch(
+def launch_by_jit(
     module: ModuleType, tensors: Sequence[Tensor], scalars: Sequence[float]
-) -> tuple[RecordedKernel, ...] | None:
-    """Launch the rendered module on these arguments and return the kernels that it launched.
+) -> tuple[DirectLaunch, ...] | None:
+    """Call the rendered module's `launch`, and return its launches for `launch_directly`.
 
-    Returns None if the launch cannot be repeated that way.
+    Returns None if they cannot be made directly: a kernel was not compiled, or takes a tensor that was not given.
     """
     from triton.compiler import CompiledKernel
 
     # A distinct object for each position, even if one tensor is passed twice.
     inputs = [tensor.detach() for tensor in tensors]
     positions = {id(tensor): position for position, tensor in enumerate(inputs)}
-    recorded: list[RecordedKernel | None] = []
+    launches: list[DirectLaunch | None] = []
 
     def watch(launch: Launch) -> None:
         arguments = launch.arguments
         count = sum(isinstance(argument, Tensor) for argument in arguments)
         all_known = all(id(argument) in positions for argument in arguments[:count])
         if not (isinstance(launch.compiled, CompiledKernel) and all_known):
-            recorded.append(None)
+            launches.append(None)
             return
         indices = tuple(positions[id(argument)] for argument in arguments[:count])
         whole_grid = (*launch.grid, 1, 1)[:3]
-        recorded.append(RecordedKernel(launch.compiled[whole_grid], indices, arguments[count:]))
+        launches.append(DirectLaunch(launch.compiled[whole_grid], indices, arguments[count:]))
 
     with watch_launches(module, watch):
         module.launch(*inputs, *scalars)
-    kernels = tuple(kernel for kernel in recorded if kernel is not None)
-    return kernels if kernels and len(kernels) == len(recorded) else None
+    direct = tuple(launch for launch in launches if launch is not None)
+    return direct if direct and len(direct) == len(launches) else None
 
 
-def relaunch(kernels: tuple[RecordedKernel, ...], tensors: Sequence[Tensor], stream: int) -> None:
-    """Launch the recorded kernels on other tensors of the same sizes, strides and alignment."""
-    for kernel in kernels:
-        kernel.run(*[tensors[i] for i in kernel.tensors], *kernel.scalars, stream=stream)
+def launch_directly(launches: tuple[DirectLaunch, ...], tensors: Sequence[Tensor], stream: int) -> None:
+    """Launch the compiled kernels on other tensors of the same sizes, strides and alignment."""
+    for launch in launches:
+        launch.kernel(*[tensors[i] for i in launch.tensors], *launch.scalars, stream=stream)
 
 
 def are_aligned(tensors: Sequence[Tensor]) -> bool:
