@@ -39,7 +39,7 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, all_envi
     """Show in one HTML page what is tuned, how fast it is and why.
 
     From your records and the shipped ones it shows which buckets are tuned, also on a roofline; the trials of each
-    study, which knobs matter, what failed and why; and the source of each best kernel. With --bench it also shows how
+    search, which knobs matter, what failed and why; and the source of each best kernel. With --bench it also shows how
     our times and errors compare with other kernels'. The page is one file that loads nothing else: it can be sent by
     mail or opened from a disk.
 
@@ -67,10 +67,10 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, all_envi
         out.write_bytes(page)
     except OSError as error:
         raise ParallaxGenError(f"cannot write {out}: {error}") from error
-    measured = sum(study is not None and study.best is not None for study in data.by_place.values())
+    measured = sum(entry is not None and entry.best is not None for entry in data.by_place.values())
     click.echo(f"{out}: {measured} measured buckets on {', '.join(data.gpus) or 'no GPU'}, {len(page) / 1000:.0f} KB")
     if data.left_out:
-        click.echo(f"left out: {data.left_out} studies of other toolchains and kernels; --all-environments shows them")
+        click.echo(f"entries of other toolchains and kernels left out: {data.left_out}; --all-environments shows them")
 
 
 def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], all_environments: bool) -> str:

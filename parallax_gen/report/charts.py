@@ -1,4 +1,4 @@
-"""SVG geometry in pixels: axes, the roofline with its points, and the history of a study."""
+"""SVG geometry in pixels: axes, the roofline with its points, and the trials of an entry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from parallax_gen.describe import brief, number
 from parallax_gen.memory.descriptions import shape_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.work import rate_unit, work_of
-from parallax_gen.report.studies import Study
+from parallax_gen.report.entries import Entry
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Roof:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The roofline of one card: FLOP/s over FLOP/byte, with a point per study."""
+    """The roofline of one card: FLOP/s over FLOP/byte, with a point per entry."""
 
     gpu: Gpu
     width: int
@@ -65,7 +65,7 @@ class Roofline:
 
 @dataclass(frozen=True)
 class History:
-    """The history of one study: each trial's time relative to the study's best, and the best so far as a line.
+    """The trials of one entry: each trial's time relative to the entry's best, and the best so far as a line.
 
     timed, slow, failed  SVG paths with a mark for each trial that was timed, timed only briefly, or failed
     improvements         the trials that were faster than all earlier ones
@@ -91,15 +91,15 @@ SMALL_WIDTH, SMALL_HEIGHT = 264, 136
 MAX_RATIO = 10.0  # relative to the best time; slower trials are drawn at the upper edge
 
 
-def rooflines(studies: Iterable[Study]) -> list[Roofline]:
-    """One roofline per card with known peaks, with its studies that have a measured best. All share the same axes."""
-    by_gpu: dict[Gpu, list[tuple[Study, float, float]]] = {}  # (study, FLOP/byte, TFLOP/s)
-    for study in studies:
-        if study.best is not None and study.best.time_us is not None and study.gpu is not None:
-            work = work_of(study.place.spec, shape_of(study.best))
-            point = study, work.flops / work.bytes, work.flops / study.best.time_us / 1e6
-            by_gpu.setdefault(study.gpu, []).append(point)
-    dtypes = {gpu: sorted({study.place.spec.dtype for study, _, _ in achieved}) for gpu, achieved in by_gpu.items()}
+def rooflines(entries: Iterable[Entry]) -> list[Roofline]:
+    """One roofline per card with known peaks, with its entries that have a measured best. All share the same axes."""
+    by_gpu: dict[Gpu, list[tuple[Entry, float, float]]] = {}  # (entry, FLOP/byte, TFLOP/s)
+    for entry in entries:
+        if entry.best is not None and entry.best.time_us is not None and entry.gpu is not None:
+            work = work_of(entry.place.spec, shape_of(entry.best))
+            point = entry, work.flops / work.bytes, work.flops / entry.best.time_us / 1e6
+            by_gpu.setdefault(entry.gpu, []).append(point)
+    dtypes = {gpu: sorted({entry.place.spec.dtype for entry, _, _ in achieved}) for gpu, achieved in by_gpu.items()}
     peaks = {gpu: {dtype: gpu.peak(dtype) / 1e12 for dtype in dtypes[gpu]} for gpu in by_gpu}
     intensities = [intensity for achieved in by_gpu.values() for _, intensity, _ in achieved]
     intensities += [1e12 * peak / gpu.bandwidth for gpu, by_dtype in peaks.items() for peak in by_dtype.values()]
@@ -117,7 +117,7 @@ def rooflines(studies: Iterable[Study]) -> list[Roofline]:
             x=x,
             y=y,
             roofs=tuple(_roof(gpu, dtype, peak, x, y) for dtype, peak in peaks[gpu].items()),
-            points=tuple(Point(x(i), y(r), _tip(study), study.place.spec.family) for study, i, r in achieved),
+            points=tuple(Point(x(i), y(r), _tip(entry), entry.place.spec.family) for entry, i, r in achieved),
         )
         for gpu, achieved in by_gpu.items()
     ]
@@ -140,34 +140,34 @@ def _roof(gpu: Gpu, dtype: str, peak: float, x: Scale, y: Scale) -> Roof:
     )
 
 
-def _tip(study: Study) -> str:
-    """The tooltip of a study's point."""
-    assert study.best is not None
-    assert study.best.time_us is not None
-    op = study.place.spec.family
-    lines = [f"{study.place.gpu}: {study.place.spec}", str(study.place.bucket)]
-    lines.append(f"{number(study.best.time_us)} µs, {number(study.rate or 0)} {rate_unit(op)}")
-    lines += [f"{study.fraction_of_bound:.0%} of the bound"] if study.fraction_of_bound is not None else []
-    lines += [f"{', '.join(study.differences)}"] if study.differences else []
-    return "\n".join([*lines, brief(study.best.config)])
+def _tip(entry: Entry) -> str:
+    """The tooltip of an entry's point."""
+    assert entry.best is not None
+    assert entry.best.time_us is not None
+    op = entry.place.spec.family
+    lines = [f"{entry.place.gpu}: {entry.place.spec}", str(entry.place.bucket)]
+    lines.append(f"{number(entry.best.time_us)} µs, {number(entry.rate or 0)} {rate_unit(op)}")
+    lines += [f"{entry.fraction_of_bound:.0%} of the bound"] if entry.fraction_of_bound is not None else []
+    lines += [f"{', '.join(entry.differences)}"] if entry.differences else []
+    return "\n".join([*lines, brief(entry.best.config)])
 
 
-def history(study: Study) -> History | None:
+def history(entry: Entry) -> History | None:
     """The history of the user's own trials; None if none was timed.
 
     If a config was timed twice, its last time counts.
     """
-    timed = [trial.time_us for trial in study.trials if trial.outcome.timed and trial.time_us]
+    timed = [trial.time_us for trial in entry.trials if trial.outcome.timed and trial.time_us]
     if not timed:
         return None
     fastest = min(timed)
     max_ratio = min(MAX_RATIO, max(2.0, max(timed) / fastest))
     left, right, top, bottom = 32.0, SMALL_WIDTH - 8.0, 10.0, SMALL_HEIGHT - 24.0
     y = Scale(1.0, max_ratio, bottom - 4, top + 12)
-    spacing = (right - left - 8) / max(1, len(study.trials) - 1)
+    spacing = (right - left - 8) / max(1, len(entry.trials) - 1)
     dots: dict[str, list[str]] = {"timed": [], "slow": [], "failed": []}
     line, improvements, best = "", [], math.inf
-    for i, trial in enumerate(study.trials):
+    for i, trial in enumerate(entry.trials):
         x = round(left + 4 + i * spacing, 1)
         if trial.measured and trial.time_us:
             height = y(trial.time_us / fastest)
@@ -187,7 +187,7 @@ def history(study: Study) -> History | None:
         y=y,
         left=left,
         right=right,
-        trials=len(study.trials),
+        trials=len(entry.trials),
         best=f"{number(fastest)} µs",
         timed="".join(dots["timed"]),
         slow="".join(dots["slow"]),

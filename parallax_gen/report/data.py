@@ -18,34 +18,34 @@ from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import triton_version
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.report.entries import Entry, by_place, entries_of, most_useful
 from parallax_gen.report.failures import Reason, reasons
-from parallax_gen.report.studies import Study, by_place, most_useful, studies_of
 from parallax_gen.tuning.search.importances import MIN_TRIALS, importances
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """The shown studies of one kernel on one GPU."""
+    """The shown entries of one kernel on one GPU."""
 
     gpu: str
     spec: KernelSpec
-    studies: tuple[Study, ...]
+    entries: tuple[Entry, ...]
 
     @property
     def buckets(self) -> int:
-        return len({study.place.bucket for study in self.studies})
+        return len({entry.place.bucket for entry in self.entries})
 
     @property
     def percents(self) -> str:
-        """The range of percentages of the roofline bound that its studies reach: `36 to 54`, `45`; "" if unknown."""
-        fractions = [study.fraction_of_bound for study in self.studies if study.fraction_of_bound is not None]
+        """The range of percentages of the roofline bound that its entries reach: `36 to 54`, `45`; "" if unknown."""
+        fractions = [entry.fraction_of_bound for entry in self.entries if entry.fraction_of_bound is not None]
         ends = [f"{100 * end:.0f}" for end in (min(fractions), max(fractions))] if fractions else []
         return " to ".join(dict.fromkeys(ends))
 
     @property
     def outcomes(self) -> Counter[Outcome]:
         """The outcomes of the user's own trials."""
-        return Counter(trial.outcome for study in self.studies for trial in study.trials)
+        return Counter(trial.outcome for entry in self.entries for trial in entry.trials)
 
     @property
     def tried(self) -> bool:
@@ -53,18 +53,18 @@ class Kernel:
         return any(outcome.tried for outcome in self.outcomes)
 
     def has_any(self, keys: Container[object]) -> bool:
-        return any(study.key in keys for study in self.studies)
+        return any(entry.key in keys for entry in self.entries)
 
     @property
     def reasons(self) -> list[Reason]:
-        return reasons(trial for study in self.studies for trial in study.trials)
+        return reasons(trial for entry in self.entries for trial in entry.trials)
 
     @property
     def costs(self) -> list[tuple[KernelConfig, float]]:
-        """The user's own timed trials as (config, time relative to the best of its study)."""
+        """The user's own timed trials as (config, time relative to the best of its entry)."""
         costs = []
-        for study in self.studies:
-            timed = [(trial.config, trial.time_us) for trial in study.trials if trial.outcome.timed]
+        for entry in self.entries:
+            timed = [(trial.config, trial.time_us) for trial in entry.trials if trial.outcome.timed]
             times = [(config, time_us) for config, time_us in timed if time_us]
             fastest = min((time_us for _, time_us in times), default=0.0)
             costs += [(config, time_us / fastest) for config, time_us in times if len(times) > 1]
@@ -81,35 +81,35 @@ class Report:
     """The data of the page.
 
     gpus      the names of the cards
-    shown     the studies on the page, sorted by place
-    left_out  the number of studies of other toolchains and kernels that are not shown
-    by_place  every place that could be tuned, with its most informative study
+    shown     the entries on the page, sorted by place
+    left_out  the number of entries of other toolchains and kernels that are not shown
+    by_place  every place that could be tuned, with its most informative entry
     ratios    other baselines' rows in the bench files, with their time relative to ours
     errors    the largest errors of the rows in the bench files, ours too, by card, op, part and baseline
     benches   the bench files as (file name, conditions, command)
     """
 
     gpus: tuple[str, ...]
-    shown: tuple[Study, ...]
+    shown: tuple[Entry, ...]
     left_out: int
-    by_place: dict[Place, Study | None]
+    by_place: dict[Place, Entry | None]
     ratios: list[tuple[Row, float | None]]
     errors: dict[tuple[str, str, str, str], LargestErrors]
     benches: tuple[tuple[str, str, str], ...]
 
     @property
     def kernels(self) -> list[Kernel]:
-        """The kernels with shown studies, in the order of `by_place`: op by op."""
-        by_kernel: dict[tuple[str, KernelSpec], list[Study]] = {}
-        for study in self.shown:
-            by_kernel.setdefault((study.place.gpu, study.place.spec), []).append(study)
+        """The kernels with shown entries, in the order of `by_place`: op by op."""
+        by_kernel: dict[tuple[str, KernelSpec], list[Entry]] = {}
+        for entry in self.shown:
+            by_kernel.setdefault((entry.place.gpu, entry.place.spec), []).append(entry)
         order = dict.fromkeys((place.gpu, place.spec) for place in self.by_place)
         return [Kernel(gpu, spec, tuple(by_kernel[gpu, spec])) for gpu, spec in order if (gpu, spec) in by_kernel]
 
     @property
     def newest(self) -> str:
         """The time of the newest shown result, ISO 8601 in UTC; "" if there is none."""
-        return max((study.newest for study in self.shown), default="")
+        return max((entry.newest for entry in self.shown), default="")
 
     @property
     def means(self) -> dict[tuple[str, str, str, str], Mean]:
@@ -119,11 +119,11 @@ class Report:
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
         """By op and GPU: how many buckets are in each state, and the median fraction of the bound of measured ones."""
         by_op: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
-        for place, study in self.by_place.items():
+        for place, entry in self.by_place.items():
             states, fractions = by_op.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))
-            states[study.state if study else "untuned"] += 1
-            if study is not None and study.fraction_of_bound is not None:
-                fractions.append(study.fraction_of_bound)
+            states[entry.state if entry else "untuned"] += 1
+            if entry is not None and entry.fraction_of_bound is not None:
+                fractions.append(entry.fraction_of_bound)
         return {
             op: {gpu: (states, median(fractions) if fractions else None) for gpu, (states, fractions) in by_gpu.items()}
             for op, by_gpu in by_op.items()
@@ -143,15 +143,15 @@ def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environ
     """
     results = memory.all()
     requested = tuple(dict.fromkeys(name_in_records(gpu, results) for gpu in gpus))
-    studies = studies_of(memory, (r for r in results if not requested or r.place.gpu in requested))
-    shown = studies if all_environments else most_useful(studies)
-    names = requested or tuple(sorted({study.place.gpu for study in studies}))
+    entries = entries_of(memory, (r for r in results if not requested or r.place.gpu in requested))
+    shown = entries if all_environments else most_useful(entries)
+    names = requested or tuple(sorted({entry.place.gpu for entry in entries}))
     selected = [row for row in rows if not requested or row.origin.gpu in (*requested, "")]
     by_op = sorted(selected, key=lambda row: (row.origin.gpu, row.op))
     return Report(
         gpus=names,
         shown=tuple(shown),
-        left_out=len(studies) - len(shown),
+        left_out=len(entries) - len(shown),
         by_place=by_place(shown, names),
         ratios=times_ours(by_op),
         errors=largest_errors(by_op, _part_of_baseline),
@@ -168,24 +168,24 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
         "gpus": report.gpus,
         "newest": report.newest,
         "left_out": report.left_out,
-        "studies": [
+        "entries": [
             {
-                "place": study.place.flat(),
-                "state": study.state,
-                "unlike_here": study.differences,
-                "outcomes": study.outcomes,
-                "trials": len(study.trials),
-                "share_of_bound": study.fraction_of_bound,
-                "default_us": study.default and study.default.time_us,
-                "gain": study.gain,
-                "best": origins.to_json(study.best) if study.best else None,
+                "place": entry.place.flat(),
+                "state": entry.state,
+                "unlike_here": entry.differences,
+                "outcomes": entry.outcomes,
+                "trials": len(entry.trials),
+                "share_of_bound": entry.fraction_of_bound,
+                "default_us": entry.default and entry.default.time_us,
+                "gain": entry.gain,
+                "best": origins.to_json(entry.best) if entry.best else None,
             }
-            for study in report.shown
+            for entry in report.shown
         ],
         "untuned": [
             {"gpu": place.gpu, "spec": place.spec.to_dict(), "bucket": place.bucket.to_dict()}
-            for place, study in report.by_place.items()
-            if study is None
+            for place, entry in report.by_place.items()
+            if entry is None
         ],
         "kernels": [
             {

@@ -13,7 +13,7 @@ from parallax_gen.memory.place import Place
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate_unit
-from parallax_gen.report.studies import Study, order_of
+from parallax_gen.report.entries import Entry, order_of
 
 # Boundaries of the colour classes: fractions of the bound, and times relative to ours, with 1 in the middle of a class.
 FRACTIONS_OF_BOUND = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
@@ -24,7 +24,7 @@ LengthsAndWindow = tuple[int, int, int]  # seqlen_q, seqlen_kv, window
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: its text and tooltip, its CSS class `kind`, and the key of the study that it links to."""
+    """A cell: its text and tooltip, its CSS class `kind`, and the key of the entry that it links to."""
 
     text: str
     tip: str
@@ -52,13 +52,13 @@ def kernel_name(spec: KernelSpec) -> str:
     return str(spec).partition(", ")[2].replace(", ", " · ")
 
 
-def coverage(by_place: Mapping[Place, Study | None]) -> dict[str, dict[str, list[Matrix]]]:
+def coverage(by_place: Mapping[Place, Entry | None]) -> dict[str, dict[str, list[Matrix]]]:
     """By op and GPU: a matrix per kernel, with every bucket that is or could be tuned."""
     by_kernel: dict[tuple[str, str, KernelSpec], dict[tuple[int, LengthsAndWindow], Cell]] = {}
-    for place, study in by_place.items():
+    for place, entry in by_place.items():
         spec, bucket = place.spec, place.bucket
         cells = by_kernel.setdefault((spec.family, place.gpu, spec), {})
-        cells[bucket.kv_rows, _lengths_and_window(bucket)] = _coverage_cell(place, study)
+        cells[bucket.kv_rows, _lengths_and_window(bucket)] = _coverage_cell(place, entry)
     matrices: dict[str, dict[str, list[Matrix]]] = {}
     for (op, gpu, spec), cells in by_kernel.items():
         matrices.setdefault(op, {}).setdefault(gpu, []).append(_matrix(gpu, (op,), kernel_name(spec), cells))
@@ -106,22 +106,22 @@ def _lengths_and_window(shape: Bucket | Shape) -> LengthsAndWindow:
     return shape.seqlen_q, shape.seqlen_kv, shape.window
 
 
-def _coverage_cell(place: Place, study: Study | None) -> Cell:
+def _coverage_cell(place: Place, entry: Entry | None) -> Cell:
     spec = place.spec
     lines = [f"{place.gpu}: {spec}", str(place.bucket)]
-    if study is None:
+    if entry is None:
         return Cell("", "\n".join([*lines, "not tuned: the default config is used"]), "untuned")
-    best, fraction = study.best, study.fraction_of_bound
+    best, fraction = entry.best, entry.fraction_of_bound
     if best is None or best.time_us is None:
-        tried = f"{len(study.results)} tried, none measured: the default config is used"
-        return Cell("", "\n".join([*lines, tried]), study.state, study.key)
-    lines.append(f"{number(best.time_us)} µs, {number(study.rate or 0)} {rate_unit(spec.op)}")
+        tried = f"{len(entry.results)} tried, none measured: the default config is used"
+        return Cell("", "\n".join([*lines, tried]), entry.state, entry.key)
+    lines.append(f"{number(best.time_us)} µs, {number(entry.rate or 0)} {rate_unit(spec.op)}")
     lines += [f"{fraction:.0%} of the roofline's bound"] if fraction is not None else []
     lines.append(brief(best.config))
-    lines += [f"{', '.join(study.differences)}"] if study.differences else []
+    lines += [f"{', '.join(entry.differences)}"] if entry.differences else []
     kind = "known" if fraction is None else f"share{bisect_right(FRACTIONS_OF_BOUND, fraction)}"
     text = "✓" if fraction is None else f"{100 * fraction:.0f}"
-    return Cell(text, "\n".join(lines), f"{kind} elsewhere" if study.differences else kind, study.key)
+    return Cell(text, "\n".join(lines), f"{kind} elsewhere" if entry.differences else kind, entry.key)
 
 
 def _ratio_cell(timed: list[tuple[Row, float | None]]) -> Cell:

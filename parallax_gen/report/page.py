@@ -25,10 +25,10 @@ from parallax_gen.problem.spec import FAMILIES
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
+from parallax_gen.report.entries import STATES, Entry
 from parallax_gen.report.failures import FAILURES_IN_ORDER
 from parallax_gen.report.matrices import FRACTIONS_OF_BOUND, RATIOS, coverage, kernel_name, speed_ups
 from parallax_gen.report.sources import Sources
-from parallax_gen.report.studies import STATES, Study
 from parallax_gen.tuning.search.importances import MIN_TRIALS
 
 WEB = Path(__file__).parent / "web"
@@ -39,8 +39,8 @@ def html(report: Report, command: str) -> str:
     sources = Sources()
     kernels = report.kernels
     summary, tried = report.summary(), [kernel for kernel in kernels if kernel.tried]
-    histories = {study.key: drawn for study in report.shown if (drawn := history(study))}
-    source_indices = {study.key: _source_index(study, sources) for kernel in kernels for study in kernel.studies}
+    histories = {entry.key: drawn for entry in report.shown if (drawn := history(entry))}
+    source_indices = {entry.key: _source_index(entry, sources) for kernel in kernels for entry in kernel.entries}
     style, script = (Markup((WEB / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return (
         _environment()
@@ -57,12 +57,12 @@ def html(report: Report, command: str) -> str:
             ops=[op for op in FAMILIES if op in summary],
             summary=summary,
             states_in_order=STATES,
-            states_found={study.state if study else "untuned" for study in report.by_place.values()},
+            states_found={entry.state if entry else "untuned" for entry in report.by_place.values()},
             outcome_order=(Outcome.OK, *FAILURES_IN_ORDER),
             outcomes_found={outcome for kernel in tried for outcome in kernel.outcomes},
             tried=tried,
             importances=[(kernel, importances) for kernel in tried if (importances := kernel.importances)],
-            any_differences=any(study.differences for study in report.shown),
+            any_differences=any(entry.differences for entry in report.shown),
             means=report.means,
             coverage=coverage(report.by_place),
             speed_ups=speed_ups(report.ratios),
@@ -84,8 +84,8 @@ def html(report: Report, command: str) -> str:
     )
 
 
-def _source_index(study: Study, sources: Sources) -> int | None:
-    return sources.add(study.best, study.gpu) if study.best and study.gpu else None
+def _source_index(entry: Entry, sources: Sources) -> int | None:
+    return sources.add(entry.best, entry.gpu) if entry.best and entry.gpu else None
 
 
 def _hash(text: str) -> str:

@@ -29,7 +29,7 @@ FIGURES = {
     "#tuned .matrix": ".cell",
     "#speed .matrix": ".cell",
     "#roofline .chart": ".mark",
-    "#studies .chart": ".dots",
+    "#trials .chart": ".dots",
     "#knobs .chart": ".weight",
     "#failures tbody": ".bar rect",
     "#kernels details": "tbody tr",
@@ -132,7 +132,7 @@ def test_filters_change_what_is_shown(page: Any) -> None:
     h100 = shown()
     assert all(0 < h100[s] < everything[s] for s in everything)
     assert page.locator("#tuned h4:visible").all_inner_texts() == ["h100"] * visible(page, "#tuned .op")
-    assert page.locator("#studies .nothing").is_visible()  # this card has no trials
+    assert page.locator("#trials .nothing").is_visible()  # this card has no trials
     choose(page, "gpu", "")
     choose(page, "op", "dkdv")
     assert page.locator("#tuned h3:visible").count() == 1

@@ -1,4 +1,4 @@
-"""The report's data: studies, the states of buckets, failure reasons, times relative to ours."""
+"""The report's data: entries, the states of buckets, failure reasons, times relative to ours."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def report(store: Store, *gpus: str, all_environments: bool = False, timings: tu
     return collect(Memory(store), gpus, list(timings), all_environments=all_environments)
 
 
-# studies
+# entries
 
 
 def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: Store) -> None:
@@ -48,13 +48,13 @@ def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: 
         make_record(235.0, splits=3, created_at="2026-01-02T00:00:00+00:00")
     )  # timed again: it keeps its position
     write_shipped([make_record(260.0, splits=4)], "h200")
-    (study,) = report(store).shown
-    assert [trial.time_us for trial in study.trials] == [235.0, 250.0, 230.0]
-    assert [result.time_us for result in study.results] == [230.0, 235.0, 250.0, 260.0]
-    assert study.known_as == "measured"
-    assert study.state == "measured"
+    (entry,) = report(store).shown
+    assert [trial.time_us for trial in entry.trials] == [235.0, 250.0, 230.0]
+    assert [result.time_us for result in entry.results] == [230.0, 235.0, 250.0, 260.0]
+    assert entry.known_as == "measured"
+    assert entry.state == "measured"
     # 256 caches of 8192 keys and values, 128 wide in bf16, and 1024 rows of q, r and o; 4.8 TB/s.
-    assert study.fraction_of_bound == pytest.approx((2 * 256 * 8192 + 3 * 1024) * 128 * 2 / 4.8e12 / 230e-6)
+    assert entry.fraction_of_bound == pytest.approx((2 * 256 * 8192 + 3 * 1024) * 128 * 2 / 4.8e12 / 230e-6)
 
 
 def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
@@ -65,10 +65,10 @@ def test_a_study_has_its_gain_over_the_default(store: Store) -> None:
     store.save(make_record(100.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL))
     store.save(make_record(125.0, place=OTHER_GPU, evidence_changes=OTHER_KERNEL, config=default))
     result = report(store)
-    gains = {study.place: study.gain for study in result.shown}
+    gains = {entry.place: entry.gain for entry in result.shown}
     assert gains == {PLACE: 1.25, OTHER_BUCKET: None, OTHER_GPU: None}
     gains = {
-        tuple(s["place"].values()): (s["default_us"], s["gain"]) for s in to_json(result, Memory(store))["studies"]
+        tuple(s["place"].values()): (s["default_us"], s["gain"]) for s in to_json(result, Memory(store))["entries"]
     }
     assert gains[tuple(PLACE.flat().values())] == (125.0, 1.25)
 
@@ -97,9 +97,9 @@ def test_another_toolchains_study_is_shown_if_this_one_has_none(store: Store) ->
 def test_a_changed_kernel_is_another_study(store: Store) -> None:
     store.save(make_record(100.0, evidence_changes=OTHER_KERNEL))
     store.save(make_record(90.0, splits=3, evidence_changes=OTHER_KERNEL))
-    (study,) = report(store).shown
-    assert (study.state, study.differences) == ("elsewhere", ("another kernel than today's",))
-    assert [trial.time_us for trial in study.trials] == [100.0, 90.0]
+    (entry,) = report(store).shown
+    assert (entry.state, entry.differences) == ("elsewhere", ("another kernel than today's",))
+    assert [trial.time_us for trial in entry.trials] == [100.0, 90.0]
     store.save(make_record(240.0))
     result = report(store)
     assert [(s.state, s.differences) for s in result.shown] == [("measured", ())]
@@ -112,7 +112,7 @@ def test_every_usual_bucket_has_a_standing(store: Store) -> None:
     store.save(make_record(240.0, place=OTHER_GPU))
     result = report(store)
     assert result.gpus == ("h100", "h200")
-    states = {place: study and study.state for place, study in result.by_place.items()}
+    states = {place: entry and entry.state for place, entry in result.by_place.items()}
     assert states[PLACE] == "predicted"
     assert states[OTHER_BUCKET] == "failed"
     assert states[OTHER_GPU] == "measured"
@@ -137,10 +137,10 @@ def test_a_gpu_without_records_is_untuned_and_an_unknown_one_an_error(store: Sto
 
 def test_a_card_outside_the_table_has_times_but_no_roofline(store: Store) -> None:
     store.save(make_record(240.0, place=dataclasses.replace(PLACE, gpu="nvidia-rtx-a6000-84sm")))
-    (study,) = report(store).shown
-    assert study.fraction_of_bound is None
-    assert study.rate == pytest.approx(4477, rel=0.01)
-    assert rooflines([study]) == []
+    (entry,) = report(store).shown
+    assert entry.fraction_of_bound is None
+    assert entry.rate == pytest.approx(4477, rel=0.01)
+    assert rooflines([entry]) == []
     ((cell,),) = [row for _, row in coverage(report(store).by_place)["decode"]["nvidia-rtx-a6000-84sm"][0].rows]
     assert cell is not None
     assert (cell.text, cell.kind) == ("✓", "known")
@@ -197,8 +197,8 @@ def test_a_history_shows_every_trial_and_the_best_so_far(store: Store) -> None:
     for splits, time_us, outcome in ((1, 300.0, "ok"), (2, 400.0, "ok"), (3, 900.0, "slow"), (4, 200.0, "ok")):
         store.save(make_record(time_us, outcome, splits=splits))
     store.save(make_record(None, "wrong", splits=6))
-    (study,) = report(store).shown
-    drawn = history(study)
+    (entry,) = report(store).shown
+    drawn = history(entry)
     assert drawn is not None
     assert (drawn.trials, drawn.best) == (5, "200.0 µs")
     assert (drawn.timed.count("M"), drawn.slow.count("M"), drawn.failed.count("M")) == (3, 1, 1)
@@ -211,9 +211,9 @@ def test_a_history_shows_every_trial_and_the_best_so_far(store: Store) -> None:
 
 def test_shipped_records_have_no_history(store: Store) -> None:
     write_shipped([make_record(250.0)], "h200")
-    (study,) = report(store).shown
-    assert study.known_as == "shipped"
-    assert history(study) is None
+    (entry,) = report(store).shown
+    assert entry.known_as == "shipped"
+    assert history(entry) is None
 
 
 def test_costs_are_relative_to_the_best_of_their_bucket(store: Store) -> None:

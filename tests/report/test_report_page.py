@@ -17,7 +17,7 @@ from parallax_gen.codegen.render import render
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 
-SECTIONS = ["tuned", "speed", "roofline", "studies", "knobs", "failures", "kernels"]
+SECTIONS = ["tuned", "speed", "roofline", "trials", "knobs", "failures", "kernels"]
 VOID = {"meta", "link", "input", "br", "img", "path", "rect", "circle"}
 
 
@@ -73,7 +73,7 @@ def test_every_section_has_its_figures(page: Page) -> None:
     for state in ("untuned", "predicted", "failed", "elsewhere"):
         assert page.of_class(state), state
     assert len(page.of_class("roofline")) == 2  # one per card; a card outside the table has no peaks
-    assert len(page.of_class("history")) == 5  # one per study with a time, on every card
+    assert len(page.of_class("history")) == 5  # one per entry with a time, on every card
     assert "num_warps" in page.texts["knobs"]
     assert "1.48" in page.texts["speed"]
     assert "on peaked rows" in page.texts["speed"]
@@ -88,7 +88,7 @@ def test_links_have_targets(page: Page) -> None:
     assert len(ids) == len(set(ids))
     links = {a["href"].removeprefix("#") for a in page.all("a")}
     assert links - set(ids) == set()
-    assert len([a for a in page.of_class("cell") if "href" in a]) == 7  # one per study
+    assert len([a for a in page.of_class("cell") if "href" in a]) == 7  # one per entry
 
 
 def test_text_from_records_and_files_is_escaped(page: Page) -> None:
@@ -146,8 +146,8 @@ def test_a_page_of_shipped_records_explains_the_empty_sections(store: Store, tmp
     write_shipped([make_record(250.0)], "h200")
     run("report", "--out", tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
-    assert len(page.of_class("empty")) == 4  # speed-ups, studies, knobs, failures
-    assert "the three fastest of each bucket" in page.texts["studies"]
+    assert len(page.of_class("empty")) == 4  # speed-ups, trials, knobs, failures
+    assert "the three fastest of each bucket" in page.texts["trials"]
     assert "shipped" in page.texts["kernels"]
 
 
@@ -155,7 +155,7 @@ def test_omitted_entries_are_mentioned(store: Store, tmp_path: Path) -> None:
     store.save(make_record(240.0))
     store.save(make_record(230.0, evidence_changes=OTHER_TOOLCHAIN))
     result = run("report", "--out", tmp_path / "report.html")
-    assert "left out: 1 studies of other toolchains and kernels; --all-environments shows them" in result.stdout
+    assert "entries of other toolchains and kernels left out: 1; --all-environments shows them" in result.stdout
     assert "elsewhere" not in Page(tmp_path / "report.html").texts["kernels"]
     assert "left out" not in run("report", "--all-environments", "--out", tmp_path / "report.html").stdout
     page = Page(tmp_path / "report.html")
@@ -168,14 +168,14 @@ def test_json_has_the_data_of_the_figures(store: Store, tmp_path: Path) -> None:
     write_bench(tmp_path / "bench.csv")
     result = run_json("report", "--bench", tmp_path / "bench.csv", "--gpu", "h200")
     assert result["gpus"] == ["h200"]
-    assert sorted(study["state"] for study in result["studies"]) == [
+    assert sorted(entry["state"] for entry in result["entries"]) == [
         "elsewhere",
         "failed",
         "measured",
         "measured",
         "predicted",
     ]
-    here = next(study for study in result["studies"] if study["place"] == PLACE.flat())
+    here = next(entry for entry in result["entries"] if entry["place"] == PLACE.flat())
     assert here["trials"] == here["outcomes"]["ok"] > 40
     assert here["best"]["rate_unit"] == "GB/s"
     decode = next(kernel for kernel in result["kernels"] if kernel["spec"]["op"] == "decode")

@@ -1,4 +1,4 @@
-"""Studies: the results of one kernel in one bucket on one GPU (not Optuna's studies, which tuning/ uses)."""
+"""The report's entries: the results of one kernel in one bucket on one GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATES = ("measured", "elsewhere", "predicted", "failed", "untuned")
 
 
 @dataclass(frozen=True)
-class Study:
+class Entry:
     """Results of one kernel in one bucket on one GPU that match this process, or all differ from it in the same way.
 
     gpu          the card; None if it is neither in the table nor in this machine
@@ -46,7 +46,7 @@ class Study:
 
     @property
     def key(self) -> tuple[Place, tuple[str, ...]]:
-        """Identifies the study."""
+        """Identifies the entry."""
         return self.place, self.differences
 
     @property
@@ -87,31 +87,31 @@ class Study:
         return bound_us(self.place.spec, shape_of(self.best), self.gpu) / self.best.time_us
 
 
-def studies_of(memory: Memory, results: Iterable[Result]) -> list[Study]:
-    """Group results, sorted by place, into studies sorted by place."""
+def entries_of(memory: Memory, results: Iterable[Result]) -> list[Entry]:
+    """Group results, sorted by place, into entries sorted by place."""
     origins = Origins(memory)
     trials: dict[Result, int] = {
         trial: i for i, trial in enumerate(memory.store.in_trial_order() if memory.store else ())
     }
-    studies = []
+    entries = []
     for place, group in groupby(results, key=lambda r: r.place):
         by_difference: dict[tuple[str, ...], list[Result]] = {}
         for result in group:
             by_difference.setdefault(differences_from_here(result), []).append(result)
-        for differences, study_results in by_difference.items():
-            own_trials = sorted((r for r in study_results if r in trials), key=trials.__getitem__)
-            studies.append(
-                Study(
+        for differences, entry_results in by_difference.items():
+            own_trials = sorted((r for r in entry_results if r in trials), key=trials.__getitem__)
+            entries.append(
+                Entry(
                     place=place,
                     gpu=card_named(place.gpu),
-                    results=tuple(study_results),
+                    results=tuple(entry_results),
                     trials=tuple(own_trials),
                     differences=differences,
-                    known_as=origins.status(study_results[0]),
-                    default=_default(study_results, differences),
+                    known_as=origins.status(entry_results[0]),
+                    default=_default(entry_results, differences),
                 )
             )
-    return studies
+    return entries
 
 
 def _default(results: list[Result], differences: tuple[str, ...]) -> Result | None:
@@ -122,35 +122,35 @@ def _default(results: list[Result], differences: tuple[str, ...]) -> Result | No
     return comparable_default(best, default_of(best.place, card), card, RecordTable(results))
 
 
-def most_useful(studies: Iterable[Study]) -> list[Study]:
-    """For each place the study that matches this process and, if that has no measurement, the best other study.
+def most_useful(entries: Iterable[Entry]) -> list[Entry]:
+    """For each place the entry that matches this process and, if that has no measurement, the best other entry.
 
-    The best other study is the newest measured one, else the newest.
+    The best other entry is the newest measured one, else the newest.
     """
-    chosen: list[Study] = []
-    for _, group in groupby(studies, key=lambda study: study.place):  # input is sorted by place
-        place_studies = list(group)
-        here = [study for study in place_studies if not study.differences]
-        elsewhere = sorted((s for s in place_studies if s.differences), key=lambda s: (s.best is not None, s.newest))
+    chosen: list[Entry] = []
+    for _, group in groupby(entries, key=lambda entry: entry.place):  # input is sorted by place
+        place_entries = list(group)
+        here = [entry for entry in place_entries if not entry.differences]
+        elsewhere = sorted((e for e in place_entries if e.differences), key=lambda e: (e.best is not None, e.newest))
         chosen += here
-        if elsewhere and not any(study.best for study in here):
+        if elsewhere and not any(entry.best for entry in here):
             chosen.append(elsewhere[-1])
     return chosen
 
 
-def by_place(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study | None]:
-    """Every place that could be tuned, op by op, with its most informative study, or None.
+def by_place(entries: Iterable[Entry], gpus: Sequence[str]) -> dict[Place, Entry | None]:
+    """Every place that could be tuned, op by op, with its most informative entry, or None.
 
     These are the places of the default jobs of `parallax-gen tune`, and every kernel and bucket tried on any of the
     GPUs.
     """
-    best: dict[Place, Study | None] = {}
+    best: dict[Place, Entry | None] = {}
     tried: dict[tuple[KernelSpec, Bucket], None] = {}
-    for study in studies:
-        tried[study.place.spec, study.place.bucket] = None
-        previous = best.get(study.place)
-        if previous is None or _informativeness(study) > _informativeness(previous):
-            best[study.place] = study
+    for entry in entries:
+        tried[entry.place.spec, entry.place.bucket] = None
+        previous = best.get(entry.place)
+        if previous is None or _informativeness(entry) > _informativeness(previous):
+            best[entry.place] = entry
     for gpu in gpus:
         card = card_named(gpu)
         default_jobs = [(job.spec, job.bucket) for job in worklist(card)] if card else []
@@ -159,9 +159,9 @@ def by_place(studies: Iterable[Study], gpus: Sequence[str]) -> dict[Place, Study
     return dict(sorted(best.items(), key=lambda item: _order(item[0])))
 
 
-def _informativeness(study: Study) -> tuple[int, str]:
+def _informativeness(entry: Entry) -> tuple[int, str]:
     """Sort key of informativeness: the state, then the date."""
-    return -STATES.index(study.state), study.newest
+    return -STATES.index(entry.state), entry.newest
 
 
 def _order(place: Place) -> tuple[object, ...]:
