@@ -163,8 +163,8 @@ def bench(
     card = device.gpu_here(0)
     if card is None:
         raise MeasureError("there is no CUDA device here, so nothing can be timed")
+    from parallax_gen.bench.compare import time_cases
     from parallax_gen.bench.conditions import current_conditions
-    from parallax_gen.bench.run import time_cases
     from parallax_gen.memory.descriptions import open_memory
 
     effort = QUICK_EFFORT if quick else GRID_EFFORT if grid else FULL_EFFORT

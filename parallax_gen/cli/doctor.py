@@ -170,14 +170,14 @@ def _cuobjdump() -> Iterator[tuple[str, str]]:
 
 def _compile() -> Iterator[tuple[str, str]]:
     from parallax_gen.ops.space import default_config
-    from parallax_gen.tuning.workers.messages import Compile, Trial
+    from parallax_gen.tuning.workers.messages import Compile, KernelInstance
     from parallax_gen.tuning.workers.worker import Worker
 
     gpu = device.gpu_here(0) or gpu_by_name(COMPILE_FOR)
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)
-    trial = Trial(spec, default_config(spec, shape, gpu), shape, gpu)
+    instance = KernelInstance(spec, default_config(spec, shape, gpu), shape, gpu)
     with closing(Worker(device=None)) as worker:
-        reply = worker.ask(Compile(trial), COMPILE_TIMEOUT_S)
+        reply = worker.ask(Compile(instance), COMPILE_TIMEOUT_S)
     if reply.outcome.failed:
         raise BuildError(f"a small kernel for {gpu.name}: {reply.outcome}: {reply.detail}")
     yield "ok", f"a small kernel for {gpu.name}, in a child process, in {reply.seconds:.1f} s"

@@ -72,11 +72,11 @@ def _resources(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -
     """A line on the compiled kernel's resources. Compiles in a child process, which a compiler crash may end."""
     from contextlib import closing
 
-    from parallax_gen.tuning.workers.messages import Compile, Trial
+    from parallax_gen.tuning.workers.messages import Compile, KernelInstance
     from parallax_gen.tuning.workers.worker import Worker
 
     with closing(Worker(device=None)) as worker:
-        reply = worker.ask(Compile(Trial(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)
+        reply = worker.ask(Compile(KernelInstance(spec, config, shape, gpu)), COMPILE_TIMEOUT_S)
     if reply.resources is None:
         raise BuildError(f"compiling for {gpu.title}: {reply.outcome}: {reply.detail}")
     resources = reply.resources

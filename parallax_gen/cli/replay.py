@@ -93,7 +93,7 @@ def replay(
         return
     if not files:
         raise click.UsageError("name files of sweeps, or use --borrow")
-    from parallax_gen.tuning.search.recorded_sweep import STRATEGIES, read_sweep, simulate
+    from parallax_gen.tuning.search.recorded_sweep import STRATEGIES, read_sweep, replay_searches
     from parallax_gen.tuning.search.search import missing_package
 
     for name in samplers:
@@ -105,7 +105,7 @@ def replay(
         sweep = read_sweep(path)
         trials = max(1, math.ceil(share * len(sweep.results)))
         with console(stderr=True).status(f"{path.name}: {seeds} seeds, {trials} trials"):
-            curves = simulate(sweep, samplers or usual, seeds=seeds, trials=trials, workers=workers)
+            curves = replay_searches(sweep, samplers or usual, seeds=seeds, trials=trials, workers=workers)
         replays.append((_name(path), sweep, curves))
         if not as_json:
             _print(*replays[-1])

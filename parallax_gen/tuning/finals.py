@@ -10,7 +10,14 @@ from parallax_gen.memory.ranking import fastest
 from parallax_gen.memory.result import Result, now
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.work import bound_by_matmuls
-from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, Timing, Trial, TrialResult, WorkerRequest
+from parallax_gen.tuning.workers.messages import (
+    KernelInstance,
+    Measure,
+    MeasureInterleaved,
+    Reply,
+    Timing,
+    WorkerRequest,
+)
 
 # At most MAX_FINALISTS configs are timed again, for FINALIST_MS: a short timing is off by 1 or 2 %. At most
 # MAX_INTERLEAVED of them, those within CLOSE_RATIO of the best, are then timed once more, interleaved.
@@ -36,12 +43,12 @@ class Finals:
         self,
         op: str,
         current_results: Callable[[], list[Result]],
-        trial: Callable[[KernelConfig], Trial],
+        instance: Callable[[KernelConfig], KernelInstance],
         default: KernelConfig,
         refreshed: Iterable[KernelConfig] = (),
     ):
         """current_results: returns the results of the job's current kernels, measured ones first, from fast to slow."""
-        self._current_results, self._trial, self._default = current_results, trial, default
+        self._current_results, self._instance, self._default = current_results, instance, default
         self._in_bursts = bound_by_matmuls(op)
         self._retimed = set(refreshed)
         self._after_refresh = bool(self._retimed)
@@ -53,27 +60,27 @@ class Finals:
         best = None if self.over else next(iter(fastest(self._current_results())), None)
         if best is not None and best.config not in self._retimed and len(self._retimed) < self._max_retimed:
             self._retimed.add(best.config)
-            return Measure(self._trial(best.config), timed_ms=FINALIST_MS, in_bursts=self._in_bursts)
+            return Measure(self._instance(best.config), timed_ms=FINALIST_MS, in_bursts=self._in_bursts)
         close = [] if self.over else self._closest()
         self.over = True  # once the reply to this request is here
         if len(close) > 1:
-            return MeasureInterleaved(tuple(self._trial(r.config) for r in close), FINALIST_MS, self._in_bursts)
+            return MeasureInterleaved(tuple(self._instance(r.config) for r in close), FINALIST_MS, self._in_bursts)
         return None
 
-    def results_of(self, request: WorkerRequest, reply: TrialResult) -> list[Result]:
+    def results_of(self, request: WorkerRequest, reply: Reply) -> list[Result]:
         """The results to store for the reply to a request."""
         current = {r.config: r for r in self._current_results()}
         if not isinstance(request, MeasureInterleaved):
-            old = current[request.trial.config]
+            old = current[request.instance.config]
             retimed = replace(old, outcome=reply.outcome, error=reply.error, detail=truncated_detail(reply.detail))
             return [_timed(retimed, reply.timing)]
         if reply.outcome.failed:
             return []
-        best_us = current[request.trials[0].config].time_us
+        best_us = current[request.instances[0].config].time_us
         assert best_us is not None
         scale = 1.0 if self._after_refresh else best_us / reply.timings[0].median_us
-        timings = zip(request.trials, reply.timings, strict=True)
-        return [_timed(current[trial.config], timing, scale) for trial, timing in timings]
+        timings = zip(request.instances, reply.timings, strict=True)
+        return [_timed(current[instance.config], timing, scale) for instance, timing in timings]
 
     def _closest(self) -> list[Result]:
         """The best result, those within CLOSE_RATIO of it and the default's; empty unless the best was timed again."""

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.run import Run
+from parallax_gen.tuning.job_run import JobRun
 from parallax_gen.tuning.workers.messages import Compile
-from parallax_gen.tuning.workers.pool import Answer, Pool
+from parallax_gen.tuning.workers.pool import CompletedRequest, Pool
 
 IDLE_S = 0.5  # how often a watcher is called while nothing happens
 
@@ -34,12 +34,12 @@ class Watcher(Protocol):
 class Scheduler:
     """Assigns a run to every device, and work to the measuring workers and the compilers."""
 
-    def __init__(self, pool: Pool, runs: Iterator[tuple[int, Run]], devices: Sequence[int], compile_ahead_runs: int):
+    def __init__(self, pool: Pool, runs: Iterator[tuple[int, JobRun]], devices: Sequence[int], compile_ahead_runs: int):
         """compile_ahead_runs: how many runs without a device have their configs compiled in advance."""
         self._pool, self._upcoming, self._compile_ahead_runs = pool, runs, compile_ahead_runs
         self._measure = bool(devices)
-        self._ahead: deque[tuple[int, Run]] = deque()  # runs without a device, whose configs are being compiled
-        self._running: dict[int, Run] = {}
+        self._ahead: deque[tuple[int, JobRun]] = deque()  # runs without a device, whose configs are being compiled
+        self._running: dict[int, JobRun] = {}
         self._done: dict[int, Progress] = {}
         self._run_of_device: dict[int | None, int | None] = dict.fromkeys(devices or (None,))
         self._busy: set[int] = set()
@@ -61,13 +61,13 @@ class Scheduler:
                 run.close()
 
     def _wait(self, watcher: Watcher) -> None:
-        """Wait for an answer, at most IDLE_S."""
-        answer = self._pool.next(IDLE_S)
-        if answer is None:
+        """Wait for a completed request, at most IDLE_S."""
+        completed = self._pool.next(IDLE_S)
+        if completed is None:
             for run in self._running.values():
                 watcher.update(run.progress)
-        elif self._deliver(answer) and answer.owner in self._running:
-            watcher.update(self._running[answer.owner].progress)
+        elif self._deliver(completed) and completed.owner in self._running:
+            watcher.update(self._running[completed.owner].progress)
         for run in [*self._running.values(), *(run for _, run in self._ahead)]:
             run.heartbeat()
 
@@ -114,11 +114,11 @@ class Scheduler:
             while run.in_flight < 2 * self._pool.compilers and (request := run.next_compile()) is not None:
                 self._pool.compile(number, *request)
 
-    def _deliver(self, answer: Answer) -> bool:
-        """Pass an answer on to its run. Returns whether it ended a trial."""
-        if answer.device is not None:
-            self._busy.remove(answer.device)
-        run = self._running.get(answer.owner) or dict(self._ahead)[answer.owner]
-        if isinstance(answer.request, Compile):
-            return run.on_compiled(answer.request.trial.config, answer.reply)
-        return run.on_measured(answer.request, answer.reply)
+    def _deliver(self, completed: CompletedRequest) -> bool:
+        """Pass a completed request on to its run. Returns whether it ended a trial."""
+        if completed.device is not None:
+            self._busy.remove(completed.device)
+        run = self._running.get(completed.owner) or dict(self._ahead)[completed.owner]
+        if isinstance(completed.request, Compile):
+            return run.on_compiled(completed.request.instance.config, completed.reply)
+        return run.on_measured(completed.request, completed.reply)

@@ -10,7 +10,7 @@ from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.tuning.claims import Storage
 from parallax_gen.tuning.job import Job, Progress, program_key, refresh_configs
-from parallax_gen.tuning.run import Run
+from parallax_gen.tuning.job_run import JobRun
 from parallax_gen.tuning.scheduler import Scheduler, Watcher
 from parallax_gen.tuning.workers.pool import Pool, WorkerProtocol, usable_cpus
 from parallax_gen.tuning.workers.worker import Worker
@@ -103,12 +103,12 @@ class Tuner:
         compile_ahead_runs = max(len(self._measuring), self._pool.compilers // 2 if self._refresh else 1)
         return Scheduler(self._pool, runs, list(self._measuring), compile_ahead_runs).run_all(time_budget_s, watcher)
 
-    def _run(self, job: Job, trials: int) -> Run:
+    def _run(self, job: Job, trials: int) -> JobRun:
         if self._refresh is not None:
             # At least the chosen config and the default.
             only_configs = refresh_configs(job, self._refresh)[: max(trials, 2)]
             results = self._refresh.results
-            return Run(
+            return JobRun(
                 job,
                 self._store,
                 measure=self._measure,
@@ -120,7 +120,7 @@ class Tuner:
         claims = (
             self._storage.claims(job.place, program_key(job)) if self._storage is not None and self._measure else None
         )
-        return Run(job, self._store, measure=self._measure, trials=trials, claims=claims)
+        return JobRun(job, self._store, measure=self._measure, trials=trials, claims=claims)
 
 
 class _CallbackWatcher:

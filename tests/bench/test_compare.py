@@ -14,10 +14,10 @@ from torch import Tensor
 from parallax_gen.bench import run as comparing
 from parallax_gen.bench.baselines import BASELINES, OURS
 from parallax_gen.bench.baselines.base import Baseline
+from parallax_gen.bench.compare import compare
 from parallax_gen.bench.oracle_check import OracleCheck, random_inputs_for_case
 from parallax_gen.bench.parts import PARTS
 from parallax_gen.bench.rows import Effort, Row
-from parallax_gen.bench.run import compare
 from parallax_gen.errors import MeasureError
 from parallax_gen.oracle.accuracy import tolerance
 from parallax_gen.oracle.reference import reference_forward

@@ -14,9 +14,9 @@ from torch import Tensor
 from parallax_gen.bench import run as comparing
 from parallax_gen.bench.baselines import BASELINES, OURS
 from parallax_gen.bench.baselines.base import AttentionCall, Baseline, Step, gradient_of_output, leaves
+from parallax_gen.bench.compare import compare
 from parallax_gen.bench.oracle_check import peaked_inputs
 from parallax_gen.bench.rows import Effort, Row
-from parallax_gen.bench.run import compare
 from parallax_gen.bench.summary import largest_errors
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.errors import MeasureError

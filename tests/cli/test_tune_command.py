@@ -20,7 +20,7 @@ from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.workers.messages import Compile, Measure, MeasureInterleaved, Timing, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, Measure, MeasureInterleaved, Reply, Timing
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
 
@@ -39,16 +39,16 @@ class FakeWorker:
     def start(self) -> None:
         pass
 
-    def ask(self, request: Compile | Measure | MeasureInterleaved, timeout_s: float) -> TrialResult:
+    def ask(self, request: Compile | Measure | MeasureInterleaved, timeout_s: float) -> Reply:
         if isinstance(request, Compile):
-            return TrialResult(Outcome.OK, resources=Resources(100, 0, 1000))
+            return Reply(Outcome.OK, resources=Resources(100, 0, 1000))
         if isinstance(request, MeasureInterleaved):
-            return TrialResult(Outcome.CRASH, "nothing is interleaved")
+            return Reply(Outcome.CRASH, "nothing is interleaved")
         FakeWorker.measured += 1
         if FakeWorker.measured == 2:
-            return TrialResult(Outcome.WRONG, "NaN")
+            return Reply(Outcome.WRONG, "NaN")
         us = 300.0 - FakeWorker.measured
-        return TrialResult(Outcome.OK, timing=Timing(us, us, us, 20, 50), error=1e-3)
+        return Reply(Outcome.OK, timing=Timing(us, us, us, 20, 50), error=1e-3)
 
     def kill(self) -> None:
         pass
@@ -114,7 +114,7 @@ def test_a_gpu_that_is_not_installed_is_refused(fake_h200: None, store: Store) -
 
 def test_it_fails_if_no_config_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "Worker", FakeWorker)
-    monkeypatch.setattr(FakeWorker, "ask", lambda *_: TrialResult(Outcome.COMPILE, "nothing compiles"))
+    monkeypatch.setattr(FakeWorker, "ask", lambda *_: Reply(Outcome.COMPILE, "nothing compiles"))
     result = run("tune", *CALL, *FEW)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: no config worked")

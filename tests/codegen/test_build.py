@@ -29,8 +29,8 @@ from parallax_gen.ops.space import default_config, most_shared_bytes, why_invali
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.run import MAX_SPILLS
-from parallax_gen.tuning.workers.messages import Compile, Trial, TrialResult
+from parallax_gen.tuning.job_run import MAX_SPILLS
+from parallax_gen.tuning.workers.messages import Compile, KernelInstance, Reply
 from parallax_gen.tuning.workers.worker import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +217,7 @@ class Job:
 
     @property
     def request(self) -> Compile:
-        return Compile(Trial(self.kernel.spec, self.kernel.config, self.shape, GPUS[self.gpu]))
+        return Compile(KernelInstance(self.kernel.spec, self.kernel.config, self.shape, GPUS[self.gpu]))
 
 
 SPILLING, FITTING = "forward_causal_stats for a100", "decode_unsplit for h200"
@@ -227,7 +227,7 @@ def shape_of(kernel: Kernel) -> Shape:
     return Shape(2, 2 * kernel.spec.group, 2, 1 if kernel.spec.family == "decode" else 1000, 1000)
 
 
-def replies(jobs: list[Job]) -> dict[str, TrialResult]:
+def replies(jobs: list[Job]) -> dict[str, Reply]:
     """The results of the jobs, compiled by two workers."""
     waiting, found = iter(jobs), {}
     lock = threading.Lock()
@@ -364,7 +364,7 @@ def test_a_hanging_child_is_a_timeout_and_a_killed_one_a_machine_fault() -> None
         assert late.outcome == "timeout"
         assert 0.05 <= late.seconds < 60  # includes starting the child
         assert worker.ask(job, timeout_s=60).outcome == "ok"
-        refused = worker.ask(Compile(Trial(kernel.spec, invalid, job.trial.shape, GPU)), timeout_s=60)
+        refused = worker.ask(Compile(KernelInstance(kernel.spec, invalid, job.instance.shape, GPU)), timeout_s=60)
         assert refused.outcome == "invalid"
         assert "merge 'none' cannot be combined with NUM_SPLITS 4" in refused.detail
         child = worker._child

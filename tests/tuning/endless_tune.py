@@ -20,7 +20,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.messages import TrialResult
+from parallax_gen.tuning.workers.messages import Reply
 
 JOBS = [Job(KernelSpec("decode", head_dim, "bf16"), Bucket(8, 1, 1024), GPUS["h200"]) for head_dim in range(8, 257, 8)]
 
@@ -47,11 +47,11 @@ def main() -> None:
     database, seed = sys.argv[1:]
     chance = random.Random(int(seed))
 
-    def measure(config: KernelConfig, n: int) -> TrialResult:
+    def measure(config: KernelConfig, n: int) -> Reply:
         time.sleep(chance.uniform(0.0005, 0.002))
-        return timed(chance.uniform(50.0, 500.0)) if chance.random() < 0.8 else TrialResult(Outcome.CRASH, "made up")
+        return timed(chance.uniform(50.0, 500.0)) if chance.random() < 0.8 else Reply(Outcome.CRASH, "made up")
 
-    machine = Machine(compile=lambda config, n: TrialResult(Outcome.OK, resources=FINE), measure=measure)
+    machine = Machine(compile=lambda config, n: Reply(Outcome.OK, resources=FINE), measure=measure)
     tuning.Worker = machine.worker  # type: ignore[assignment, misc]
     jobs = chance.sample(JOBS, len(JOBS))
     with Store(database) as store, Tuner(store, measure=True, compilers=1) as tuner:

@@ -21,7 +21,7 @@ from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.claims import Storage
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.messages import TRIAL_MS, TrialResult
+from parallax_gen.tuning.workers.messages import TRIAL_MS, Reply
 
 LEASE_S = 10.0  # four workers share two cores, so a heartbeat may be seconds late
 JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h200"])
@@ -36,16 +36,16 @@ def main() -> None:
     database, storage, seed = sys.argv[1:]
     chance = random.Random(int(seed))
 
-    def measure(config: KernelConfig, n: int) -> TrialResult:
+    def measure(config: KernelConfig, n: int) -> Reply:
         if machine.measured[n].timed_ms == TRIAL_MS:  # a trial, not a finalist
             print(config_to_json(config), flush=True)
         time.sleep(chance.uniform(0.1, 0.3))
-        return timed(cost(config)) if cost(config) > 100 else TrialResult(Outcome.CRASH, "made up")
+        return timed(cost(config)) if cost(config) > 100 else Reply(Outcome.CRASH, "made up")
 
     def ignore(_: Progress) -> None:
         pass
 
-    machine = Machine(compile=lambda config, n: TrialResult(Outcome.OK, resources=FINE), measure=measure)
+    machine = Machine(compile=lambda config, n: Reply(Outcome.OK, resources=FINE), measure=measure)
     tuning.Worker = machine.worker  # type: ignore[assignment, misc]
     place = Storage(storage, lease_s=LEASE_S)
     with Store(database) as store, Tuner(store, measure=True, compilers=1, storage=place) as tuner:

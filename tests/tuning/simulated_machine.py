@@ -13,16 +13,16 @@ from parallax_gen.tuning.workers.messages import (
     Compile,
     Measure,
     MeasureInterleaved,
+    Reply,
     Timing,
-    TrialResult,
     WorkerRequest,
 )
 
 FINE = Resources(registers=100, spills=0, shared_bytes=1000)
 
 
-def timed(us: float, kind: Outcome = Outcome.OK) -> TrialResult:
-    return TrialResult(kind, timing=timing(us), error=1e-3)
+def timed(us: float, kind: Outcome = Outcome.OK) -> Reply:
+    return Reply(kind, timing=timing(us), error=1e-3)
 
 
 def timing(us: float) -> Timing:
@@ -33,13 +33,9 @@ def timing(us: float) -> Timing:
 class Machine:
     """The replies of the fake workers, by config and by the number of earlier requests of the same kind."""
 
-    compile: Callable[[KernelConfig, int], TrialResult] = lambda config, n: TrialResult(
-        Outcome.OK, resources=FINE, seconds=0.5
-    )
-    measure: Callable[[KernelConfig, int], TrialResult] = lambda config, n: timed(100.0 + n)
-    interleaved: Callable[[MeasureInterleaved], TrialResult] = lambda request: TrialResult(
-        Outcome.CRASH, "nothing is interleaved"
-    )
+    compile: Callable[[KernelConfig, int], Reply] = lambda config, n: Reply(Outcome.OK, resources=FINE, seconds=0.5)
+    measure: Callable[[KernelConfig, int], Reply] = lambda config, n: timed(100.0 + n)
+    interleaved: Callable[[MeasureInterleaved], Reply] = lambda request: Reply(Outcome.CRASH, "nothing is interleaved")
     compiled: list[KernelConfig] = field(default_factory=list)
     measured: list[Measure] = field(default_factory=list)
     interleaved_requests: list[MeasureInterleaved] = field(default_factory=list)
@@ -61,15 +57,15 @@ class FakeWorker:
     def start(self) -> None:
         assert self._open
 
-    def ask(self, request: WorkerRequest, timeout_s: float) -> TrialResult:
+    def ask(self, request: WorkerRequest, timeout_s: float) -> Reply:
         assert timeout_s > 0
         machine = self._machine
         if isinstance(request, Compile):
             assert self._device is None
             with machine.lock:
-                machine.compiled.append(request.trial.config)
+                machine.compiled.append(request.instance.config)
                 n = len(machine.compiled) - 1
-            return machine.compile(request.trial.config, n)
+            return machine.compile(request.instance.config, n)
         assert self._device is not None
         with machine.lock:
             machine.on.append((self._device, request))
@@ -81,7 +77,7 @@ class FakeWorker:
         return (
             machine.interleaved(request)
             if isinstance(request, MeasureInterleaved)
-            else machine.measure(request.trial.config, n)
+            else machine.measure(request.instance.config, n)
         )
 
     def kill(self) -> None:

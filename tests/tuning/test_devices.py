@@ -21,7 +21,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.finals import CLOSE_RATIO, MAX_INTERLEAVED
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.messages import TRIAL_MS, Measure, MeasureInterleaved, TrialResult
+from parallax_gen.tuning.workers.messages import TRIAL_MS, Measure, MeasureInterleaved, Reply
 
 GPU = GPUS["h200"]
 JOBS = [Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024 << n), GPU) for n in range(5)]
@@ -70,7 +70,7 @@ def test_every_job_gets_its_trials_with_any_number_of_devices(store: Store, mach
 def test_devices_work_concurrently_on_their_own_jobs(store: Store, machine: Machine) -> None:
     together = threading.Barrier(2, timeout=20)  # breaks unless two devices measure at the same time
 
-    def measure(config: KernelConfig, n: int) -> TrialResult:
+    def measure(config: KernelConfig, n: int) -> Reply:
         together.wait()
         return timed(100.0)
 
@@ -78,13 +78,13 @@ def test_devices_work_concurrently_on_their_own_jobs(store: Store, machine: Mach
     done, _ = tune_all(store, machine, JOBS[:2], 2, trials=4)
     assert [progress.outcomes for progress in done] == [{"ok": 4}] * 2
     shapes = {
-        device: {r.trial.shape for d, r in machine.on if d == device and isinstance(r, Measure)} for device in (0, 1)
+        device: {r.instance.shape for d, r in machine.on if d == device and isinstance(r, Measure)} for device in (0, 1)
     }
     assert shapes == {0: {JOBS[0].shape}, 1: {JOBS[1].shape}}
 
 
 def test_idle_devices_help_with_a_running_job(store: Store, machine: Machine) -> None:
-    def measure(config: KernelConfig, n: int) -> TrialResult:
+    def measure(config: KernelConfig, n: int) -> Reply:
         time.sleep(0.02)
         return timed(100.0 + n)
 
@@ -92,7 +92,7 @@ def test_idle_devices_help_with_a_running_job(store: Store, machine: Machine) ->
     done, notes = tune_all(store, machine, JOBS[:1], 3, trials=30)
     assert notes.begun == JOBS[:1]
     assert done[0].done == 30
-    trials = [(device, r.trial.config) for device, r in machine.on if isinstance(r, Measure)][:30]
+    trials = [(device, r.instance.config) for device, r in machine.on if isinstance(r, Measure)][:30]
     assert len({config for _, config in trials}) == 30  # no config twice
     assert min(Counter(device for device, _ in trials).values()) >= 5
 
@@ -101,13 +101,13 @@ def test_the_next_job_is_compiled_while_one_is_measured(store: Store, machine: M
     ahead = threading.Event()
     second: list[KernelConfig] = []
 
-    def compile(config: KernelConfig, n: int) -> TrialResult:
+    def compile(config: KernelConfig, n: int) -> Reply:
         if n == 4:  # the first job has only four configs
             ahead.set()
         second.append(config)
-        return TrialResult(Outcome.OK, resources=FINE)
+        return Reply(Outcome.OK, resources=FINE)
 
-    def measure(config: KernelConfig, n: int) -> TrialResult:
+    def measure(config: KernelConfig, n: int) -> Reply:
         assert n > 0 or ahead.wait(20)
         return timed(100.0 + n)
 
@@ -121,14 +121,14 @@ def test_equal_sources_are_not_compiled_concurrently(store: Store, machine: Mach
     at_work: Counter[KernelConfig] = Counter()
     most: Counter[KernelConfig] = Counter()
 
-    def compile(config: KernelConfig, n: int) -> TrialResult:
+    def compile(config: KernelConfig, n: int) -> Reply:
         with machine.lock:
             at_work[config] += 1
             most[config] = max(most[config], at_work[config])
         time.sleep(0.01)
         with machine.lock:
             at_work[config] -= 1
-        return TrialResult(Outcome.OK, resources=FINE)
+        return Reply(Outcome.OK, resources=FINE)
 
     machine.compile = compile
     tune_all(store, machine, JOBS, len(JOBS), trials=12, compilers=8)
@@ -138,9 +138,7 @@ def test_equal_sources_are_not_compiled_concurrently(store: Store, machine: Mach
 
 def test_a_failed_trial_affects_no_other(store: Store, machine: Machine) -> None:
     bad = {config for n, config in enumerate(every_config(JOBS[0].spec, GPU)) if n % 2}
-    machine.measure = lambda config, n: (
-        TrialResult(Outcome.CRASH, "fell off the bus") if config in bad else timed(100.0 + n)
-    )
+    machine.measure = lambda config, n: Reply(Outcome.CRASH, "fell off the bus") if config in bad else timed(100.0 + n)
     done, _ = tune_all(store, machine, JOBS[:2], 2, trials=20)
     for progress in done:
         results = store.results(progress.job.place)
@@ -156,7 +154,7 @@ def finals(store: Store, machine: Machine, long: list[float]) -> list[MeasureInt
     """Tune a job whose configs take the times in `long` when timed as finalists, and 20 us less in trials."""
     configs = machine.compiled
 
-    def measure(config: KernelConfig, n: int) -> TrialResult:
+    def measure(config: KernelConfig, n: int) -> Reply:
         us = long[configs.index(config)]
         return timed(us if machine.measured[n].timed_ms > TRIAL_MS else us - 20)
 
@@ -167,11 +165,11 @@ def finals(store: Store, machine: Machine, long: list[float]) -> list[MeasureInt
 
 def test_close_finalists_are_interleaved(store: Store, machine: Machine) -> None:
     times = {0: 110.0, 2: 109.0, 3: 108.0}
-    machine.interleaved = lambda request: TrialResult(
-        Outcome.OK, timings=tuple(timing(times[machine.compiled.index(trial.config)]) for trial in request.trials)
+    machine.interleaved = lambda request: Reply(
+        Outcome.OK, timings=tuple(timing(times[machine.compiled.index(i.config)]) for i in request.instances)
     )
     (interleaved,) = finals(store, machine, [100.0, 150.0, 101.0, 101.9, 103.0])
-    assert [machine.compiled.index(trial.config) for trial in interleaved.trials] == [0, 2, 3]
+    assert [machine.compiled.index(i.config) for i in interleaved.instances] == [0, 2, 3]
     result = [(machine.compiled.index(r.config), r.time_us) for r in store.results(JOBS[0].place)]
     # The card ran a tenth slower meanwhile, which must not affect configs that were not interleaved.
     assert [n for n, _ in result] == [3, 2, 0, 4, 1]
@@ -180,7 +178,7 @@ def test_close_finalists_are_interleaved(store: Store, machine: Machine) -> None
 
 def test_a_failed_interleaved_timing_changes_nothing(store: Store, machine: Machine) -> None:
     (interleaved,) = finals(store, machine, [100.0, 101.0])
-    assert len(interleaved.trials) == 2
+    assert len(interleaved.instances) == 2
     assert [r.time_us for r in store.results(JOBS[0].place)] == [100.0, 101.0]
 
 
@@ -190,4 +188,4 @@ def test_a_clear_winner_is_not_interleaved(store: Store, machine: Machine) -> No
 
 def test_only_a_few_finalists_are_interleaved(store: Store, machine: Machine) -> None:
     (interleaved,) = finals(store, machine, [100.0 + n / 100 for n in range(8)])
-    assert len(interleaved.trials) == MAX_INTERLEAVED
+    assert len(interleaved.instances) == MAX_INTERLEAVED

@@ -28,7 +28,7 @@ from parallax_gen.tuning.job import Job, Progress, program_key
 from parallax_gen.tuning.search.recorded_sweep import sweep_of
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers import pool, worker
-from parallax_gen.tuning.workers.messages import Compile, Trial, TrialResult
+from parallax_gen.tuning.workers.messages import Compile, KernelInstance, Reply
 from parallax_gen.tuning.workers.worker import Worker
 
 GPU = GPUS["h200"]
@@ -51,10 +51,10 @@ def tune(store: Store, jobs: list[Job], storage: Storage | None = None, trials: 
         return tuner.tune_all(jobs, trials=trials, time_budget_s=60.0, watcher=SilentWatcher())
 
 
-def failing(config: KernelConfig, n: int) -> TrialResult:
+def failing(config: KernelConfig, n: int) -> Reply:
     if n == 1:
         raise MachineError(FULL)
-    return TrialResult(Outcome.OK, resources=FINE)
+    return Reply(Outcome.OK, resources=FINE)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def journal(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("where", ["compile", "measure"])
 def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, machine: Machine, where: str) -> None:
-    def measure(config: KernelConfig, n: int) -> TrialResult:
+    def measure(config: KernelConfig, n: int) -> Reply:
         failing(config, n)
         return timed(100.0)
 
@@ -75,12 +75,12 @@ def test_a_fault_of_the_machine_ends_the_tune_and_is_not_stored(store: Store, ma
     with pytest.raises(MachineError, match="No space left"):
         tune(store, JOBS)
     assert machine.open_workers == 0
-    faulty = machine.compiled[1] if where == "compile" else machine.measured[1].trial.config
+    faulty = machine.compiled[1] if where == "compile" else machine.measured[1].instance.config
     stored = store.results(JOB.place)
     assert faulty not in {r.config for r in stored}
     assert all(r.measured for r in stored)
     machine.compile, machine.measure = (
-        (lambda config, n: TrialResult(Outcome.OK, resources=FINE)),
+        (lambda config, n: Reply(Outcome.OK, resources=FINE)),
         (lambda c, n: timed(100.0 + n)),
     )
     tune(store, [JOB], trials=8)
@@ -108,7 +108,7 @@ def test_the_tuner_waits_for_memory_of_other_processes(
     monkeypatch.setattr(pool, "MEMORY_WAITS_S", (0.01, 0.01))
     requests: list[KernelConfig] = []
 
-    def measure(config: KernelConfig, n: int) -> TrialResult:
+    def measure(config: KernelConfig, n: int) -> Reply:
         requests.append(config)
         if requests.count(config) < 3 and config == requests[0]:
             raise MemoryTakenError("CUDA out of memory")
@@ -119,7 +119,7 @@ def test_the_tuner_waits_for_memory_of_other_processes(
     assert progress.outcomes == {"ok": 4}
     assert requests[:3] == [requests[0]] * 3
 
-    def never(config: KernelConfig, n: int) -> TrialResult:
+    def never(config: KernelConfig, n: int) -> Reply:
         raise MemoryTakenError("CUDA out of memory")
 
     machine.measure = never
@@ -201,7 +201,9 @@ def test_a_shared_machine_fault_of_an_old_version_is_ignored(journal: str) -> No
 
 # -- child processes
 
-TRIAL = Trial(KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPU)
+INSTANCE = KernelInstance(
+    KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPU
+)
 
 
 def test_a_child_reports_machine_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,16 +213,16 @@ def test_a_child_reports_machine_faults(tmp_path: Path, monkeypatch: pytest.Monk
     with closing(Worker(device=None)) as child:
         for _ in range(2):
             with pytest.raises(MachineError, match=r"NotADirectoryError: .*file/triton.*TRITON_CACHE_DIR"):
-                child.ask(Compile(TRIAL), timeout_s=60.0)
+                child.ask(Compile(INSTANCE), timeout_s=60.0)
 
 
 def test_a_child_that_does_not_start_is_a_machine_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with closing(Worker(device=None)) as child, pytest.raises(MachineError, match="does not start: exit status 1"):
-        child.ask(Compile(TRIAL), timeout_s=60.0)
+        child.ask(Compile(INSTANCE), timeout_s=60.0)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with closing(Worker(device=None)) as child, pytest.raises(MachineError, match="FileNotFoundError"):
-        child.ask(Compile(TRIAL), timeout_s=60.0)
+        child.ask(Compile(INSTANCE), timeout_s=60.0)
 
 
 # The first child dies at its first request; the second one may find no device.
@@ -248,8 +250,8 @@ def test_a_crash_is_the_configs_fault_if_the_device_still_works(
     monkeypatch.setattr(sys, "executable", str(script))
     with closing(Worker(device=0)) as child:
         if stays:
-            reply = child.ask(Compile(TRIAL), timeout_s=60.0)
+            reply = child.ask(Compile(INSTANCE), timeout_s=60.0)
             assert (reply.outcome, reply.detail) == ("crash", "exit status 1: an illegal memory access")
         else:
             with pytest.raises(MachineError, match="device 0 is lost"):
-                child.ask(Compile(TRIAL), timeout_s=60.0)
+                child.ask(Compile(INSTANCE), timeout_s=60.0)

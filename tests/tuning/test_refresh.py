@@ -22,7 +22,7 @@ from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.job import MAX_REFRESHED, Job, Progress, refresh_configs, refresh_jobs
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, TrialResult
+from parallax_gen.tuning.workers.messages import Measure, MeasureInterleaved, Reply
 
 GPU = GPUS["h200"]
 SPEC = KernelSpec("decode", 64, "bf16")
@@ -114,8 +114,8 @@ def test_the_kernels_of_a_training_step_are_consecutive(store: Store, tmp_path: 
 def test_all_are_timed_again_and_close_ones_are_interleaved(store: Store, machine: Machine, tmp_path: Path) -> None:
     us = {DEFAULT: 20.0, OTHERS[0]: 10.0, OTHERS[1]: 10.4, OTHERS[2]: 10.6}
     machine.measure = lambda config, n: timed(us[config])
-    machine.interleaved = lambda request: TrialResult(
-        Outcome.OK, timings=tuple(timing(us[t.config] / 2) for t in request.trials)
+    machine.interleaved = lambda request: Reply(
+        Outcome.OK, timings=tuple(timing(us[i.config] / 2) for i in request.instances)
     )
     memory = memory_of(
         store,
@@ -126,9 +126,13 @@ def test_all_are_timed_again_and_close_ones_are_interleaved(store: Store, machin
     )
     (progress,) = refresh(memory, JOB)
     assert progress.outcomes == {"ok": 4}
-    assert {request.trial.config for request in machine.measured} == set(us)
+    assert {request.instance.config for request in machine.measured} == set(us)
     (turns,) = machine.interleaved_requests
-    assert [trial.config for trial in turns.trials] == [OTHERS[0], OTHERS[1], DEFAULT]  # 10.6 is not within 5 %
+    assert [i.config for i in turns.instances] == [
+        OTHERS[0],
+        OTHERS[1],
+        DEFAULT,
+    ]  # 10.6 is not within 5 %
     result = {r.config: r.time_us for r in store.results(JOB.place) if r.evidence.triton != "2.0.0"}
     assert result == {OTHERS[0]: 5.0, OTHERS[1]: 5.2, DEFAULT: 10.0, OTHERS[2]: 10.6}
     assert len(store.results(JOB.place)) == 5  # the other Triton's records are still stored
@@ -141,15 +145,13 @@ def test_an_old_time_does_not_win_without_being_timed_again(store: Store, machin
     machine.measure = lambda config, n: timed(30.0)
     memory = memory_of(store, tmp_path, *(record(config, 20.0 + n) for n, config in enumerate(OTHERS[:4])))
     refresh(memory, JOB)
-    remeasured = {request.trial.config for request in machine.measured}
+    remeasured = {request.instance.config for request in machine.measured}
     assert remeasured == {DEFAULT, *OTHERS[:4]}
     assert all(r.time_us == 30.0 for r in store.results(JOB.place))
 
 
 def test_configs_that_fail_now_no_longer_count(store: Store, machine: Machine, tmp_path: Path) -> None:
-    machine.measure = lambda config, n: (
-        timed(9.0) if config == DEFAULT else TrialResult(Outcome.WRONG, "NaN", error=1.0)
-    )
+    machine.measure = lambda config, n: timed(9.0) if config == DEFAULT else Reply(Outcome.WRONG, "NaN", error=1.0)
     refresh(memory_of(store, tmp_path, record(OTHERS[0], 1.0)), JOB)
     assert best(JOB.place, GPU, store).config == DEFAULT
     assert not machine.interleaved_requests
@@ -167,15 +169,15 @@ def test_many_places_at_once(store: Store, machine: Machine, tmp_path: Path) -> 
 def test_the_default_is_always_timed_fully(store: Store, machine: Machine, tmp_path: Path) -> None:
     """Its time shows the gain of tuning, however slow it is. Other configs are abandoned at 1.5 times the best."""
     refresh(memory_of(store, tmp_path, record(OTHERS[0], 1.0)), JOB)
-    limits = {r.trial.config: r.give_up_us for _, r in machine.on if isinstance(r, Measure)}
+    limits = {r.instance.config: r.give_up_us for _, r in machine.on if isinstance(r, Measure)}
     assert limits[DEFAULT] == float("inf")
-    assert not any(isinstance(r, MeasureInterleaved) and len(r.trials) < 2 for _, r in machine.on)
+    assert not any(isinstance(r, MeasureInterleaved) and len(r.instances) < 2 for _, r in machine.on)
 
 
 def test_with_one_trial_the_default_is_timed(store: Store, machine: Machine, tmp_path: Path) -> None:
     memory = memory_of(store, tmp_path, *(record(config, 1.0 + n) for n, config in enumerate(OTHERS[:3])))
     refresh(memory, JOB, trials=1)
-    assert {DEFAULT, OTHERS[0]} <= {request.trial.config for request in machine.measured}
+    assert {DEFAULT, OTHERS[0]} <= {request.instance.config for request in machine.measured}
 
 
 @pytest.mark.parametrize("op", ["forward", "dkdv"])
@@ -195,8 +197,8 @@ def test_a_new_outcome_replaces_an_old_row_of_the_same_kernel(
 ) -> None:
     """The old row is of another patch release or older than fingerprints, but of the same kernel and toolchain."""
     memory = memory_of(store, tmp_path, record(OTHERS[0], 1.0, **old), record(OTHERS[1], 5.0))
-    machine.measure = lambda config, n: TrialResult(Outcome.WRONG, "NaN") if config == OTHERS[0] else timed(9.0)
-    machine.interleaved = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(9.0) for _ in request.trials))
+    machine.measure = lambda config, n: Reply(Outcome.WRONG, "NaN") if config == OTHERS[0] else timed(9.0)
+    machine.interleaved = lambda request: Reply(Outcome.OK, timings=tuple(timing(9.0) for _ in request.instances))
     (progress,) = refresh(memory, JOB)
     assert progress.best is not None
     assert (progress.best.config != OTHERS[0], progress.best.time_us) == (True, 9.0)
@@ -211,7 +213,7 @@ def test_a_new_outcome_replaces_an_old_row_of_the_same_kernel(
 def test_an_untimed_shipped_record_does_not_win_after_a_refresh(store: Store, machine: Machine, tmp_path: Path) -> None:
     write_shipped([record(config, 5.0 + n / 10) for n, config in enumerate(OTHERS[:3])], GPU.name, tmp_path)
     machine.measure = lambda config, n: timed(6.0)
-    machine.interleaved = lambda request: TrialResult(Outcome.OK, timings=tuple(timing(6.0) for _ in request.trials))
+    machine.interleaved = lambda request: Reply(Outcome.OK, timings=tuple(timing(6.0) for _ in request.instances))
     memory = memory_of(store, tmp_path)
     refresh(memory, JOB)
     chosen = best(JOB.place, GPU, memory).record

@@ -9,7 +9,7 @@ import pytest
 from sweep_samples import CARD, RECORDED, synthetic_results
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.tuning.search.recorded_sweep import TUNERS, read_sweep, regrets, simulate, sweep_of
+from parallax_gen.tuning.search.recorded_sweep import TUNERS, read_sweep, regrets, replay_searches, sweep_of
 
 SWEEP = sweep_of(synthetic_results(), CARD)
 
@@ -30,7 +30,7 @@ def test_optunas_samplers_are_replayed() -> None:
 
 
 def test_quartiles_are_over_seeds() -> None:
-    (curve,) = simulate(SWEEP, ["random"], seeds=5, trials=len(SWEEP.results), workers=1)
+    (curve,) = replay_searches(SWEEP, ["random"], seeds=5, trials=len(SWEEP.results), workers=1)
     per_seed = [regrets(SWEEP, "random", seed, trials=1000) for seed in range(5)]
     assert curve.median == [sorted(of_trial)[2] for of_trial in zip(*per_seed, strict=True)]
     assert all(a <= b <= c for a, b, c in zip(curve.lower, curve.median, curve.upper, strict=True))
@@ -40,7 +40,7 @@ def test_quartiles_are_over_seeds() -> None:
 
 def test_unreached_regret_is_none() -> None:
     """One trial each: some seeds draw a failure, most a config far from the best."""
-    (curve,) = simulate(SWEEP, ["random"], seeds=20, trials=1, workers=1)
+    (curve,) = replay_searches(SWEEP, ["random"], seeds=20, trials=1, workers=1)
     per_seed = [regrets(SWEEP, "random", seed, trials=1)[0] for seed in range(20)]
     assert math.inf in per_seed
     assert curve.near_after == (None, None, None)
@@ -48,7 +48,7 @@ def test_unreached_regret_is_none() -> None:
 
 
 def test_several_processes_give_the_same_results() -> None:
-    one, two = (simulate(SWEEP, ["corrected", "random"], seeds=2, trials=9, workers=n) for n in (1, 2))
+    one, two = (replay_searches(SWEEP, ["corrected", "random"], seeds=2, trials=9, workers=n) for n in (1, 2))
     assert one == two
 
 

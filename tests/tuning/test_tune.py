@@ -26,9 +26,9 @@ from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.finals import FINALIST_MS, MAX_FINALISTS
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.run import MAX_SPILLS, Run
+from parallax_gen.tuning.job_run import MAX_SPILLS, JobRun
 from parallax_gen.tuning.tuner import Tuner
-from parallax_gen.tuning.workers.messages import TrialResult
+from parallax_gen.tuning.workers.messages import Reply
 
 GPU = GPUS["h200"]
 JOB = Job(KernelSpec("decode", 128, "bf16"), Bucket(8, 1, 1024), GPU)
@@ -84,22 +84,22 @@ def test_compiling_and_ranking_a_backward_kernel(store: Store) -> None:
 
 def test_every_outcome_is_stored_with_its_kind(store: Store, machine: Machine) -> None:
     compiles = {
-        0: TrialResult(Outcome.COMPILE, "no such instruction", seconds=2.0),
-        1: TrialResult(Outcome.TIMEOUT, "no answer in 120 s"),
-        2: TrialResult(Outcome.CRASH, "exit status -11: no message"),
-        3: TrialResult(Outcome.INVALID, "cannot be"),
-        4: TrialResult(Outcome.OK, resources=Resources(255, MAX_SPILLS + 1, 1000)),
-        5: TrialResult(Outcome.OK, resources=Resources(255, 0, GPU.shared_per_block + 1)),
+        0: Reply(Outcome.COMPILE, "no such instruction", seconds=2.0),
+        1: Reply(Outcome.TIMEOUT, "no answer in 120 s"),
+        2: Reply(Outcome.CRASH, "exit status -11: no message"),
+        3: Reply(Outcome.INVALID, "cannot be"),
+        4: Reply(Outcome.OK, resources=Resources(255, MAX_SPILLS + 1, 1000)),
+        5: Reply(Outcome.OK, resources=Resources(255, 0, GPU.shared_per_block + 1)),
     }
     measures = {
         0: timed(100.0),
-        1: TrialResult(Outcome.WRONG, "row 3 is NaN", error=float("inf")),
+        1: Reply(Outcome.WRONG, "row 3 is NaN", error=float("inf")),
         2: timed(900.0, Outcome.SLOW),
-        3: TrialResult(Outcome.TIMEOUT, "no answer in 120 s"),
-        4: TrialResult(Outcome.CRASH, "an illegal memory access"),
-        5: TrialResult(Outcome.RESOURCES, "out of memory"),
+        3: Reply(Outcome.TIMEOUT, "no answer in 120 s"),
+        4: Reply(Outcome.CRASH, "an illegal memory access"),
+        5: Reply(Outcome.RESOURCES, "out of memory"),
     }
-    machine.compile = lambda config, n: compiles.get(n, TrialResult(Outcome.OK, resources=FINE))
+    machine.compile = lambda config, n: compiles.get(n, Reply(Outcome.OK, resources=FINE))
     machine.measure = lambda config, n: measures.get(n, timed(50.0))
     progress = tune(store, trials=13)
     assert progress.outcomes == {
@@ -131,7 +131,7 @@ def test_every_outcome_is_stored_with_its_kind(store: Store, machine: Machine) -
 def test_the_best_is_the_fastest_finalist(store: Store, machine: Machine) -> None:
     short, long = [100.0, 60.0, 80.0, 50.0, 70.0, 90.0], {3: 65.0, 1: 61.0}  # the fourth had a lucky short timing
 
-    def measure(config: KernelConfig, n: int) -> TrialResult:
+    def measure(config: KernelConfig, n: int) -> Reply:
         return timed(short[n] if n < 6 else long[machine.compiled.index(config)])
 
     machine.measure = measure
@@ -139,7 +139,7 @@ def test_the_best_is_the_fastest_finalist(store: Store, machine: Machine) -> Non
     progress = tune(store, trials=6, on_progress=lambda p: seen.append(p.best.time_us if p.best else 0.0))
     assert seen == [100.0, 60.0, 60.0, 50.0, 50.0, 50.0, 61.0]
     remeasured = machine.measured[6:]
-    assert [machine.compiled.index(request.trial.config) for request in remeasured] == [3, 1]
+    assert [machine.compiled.index(request.instance.config) for request in remeasured] == [3, 1]
     assert {request.timed_ms for request in remeasured} == {FINALIST_MS}
     assert progress.best == best(JOB.place, GPU, store).record
     assert progress.best is not None
@@ -181,21 +181,21 @@ def test_slow_configs_are_abandoned(store: Store, machine: Machine) -> None:
 
 
 def test_a_wrong_finalist_is_not_the_best(store: Store, machine: Machine) -> None:
-    machine.measure = lambda config, n: timed(100.0 + n) if n != 3 else TrialResult(Outcome.WRONG, "this time")
+    machine.measure = lambda config, n: timed(100.0 + n) if n != 3 else Reply(Outcome.WRONG, "this time")
     progress = tune(store, trials=3)
     assert progress.best is not None
     assert progress.best.config == machine.compiled[1]
 
 
 def test_a_finalist_that_crashes_keeps_its_time(store: Store, machine: Machine) -> None:
-    machine.measure = lambda config, n: timed(100.0 + n) if n < 3 else TrialResult(Outcome.CRASH, "the GPU fell off")
+    machine.measure = lambda config, n: timed(100.0 + n) if n < 3 else Reply(Outcome.CRASH, "the GPU fell off")
     progress = tune(store, trials=3)
     assert progress.best is not None
     assert progress.best.time_us == 100.0
 
 
 def test_without_a_working_config_there_is_no_best(store: Store, machine: Machine) -> None:
-    machine.compile = lambda config, n: TrialResult(Outcome.CRASH, "out of luck")
+    machine.compile = lambda config, n: Reply(Outcome.CRASH, "out of luck")
     progress = tune(store, trials=5)
     assert progress.best is None
     assert progress.outcomes == {"crash": 5}
@@ -224,9 +224,7 @@ def test_a_prediction_never_beats_a_measurement(store: Store, machine: Machine) 
 
 
 def test_running_again_skips_known_configs(store: Store, machine: Machine) -> None:
-    machine.compile = lambda config, n: (
-        TrialResult(Outcome.OK, resources=FINE) if n % 3 else TrialResult(Outcome.COMPILE, "no")
-    )
+    machine.compile = lambda config, n: Reply(Outcome.OK, resources=FINE) if n % 3 else Reply(Outcome.COMPILE, "no")
     first = tune(store, trials=10)
     second = tune(store, trials=10)
     assert (first.known, second.known) == (0, 10)
@@ -275,7 +273,7 @@ def test_the_trial_limit(store: Store, machine: Machine, trials: int) -> None:
 
 
 def test_the_time_limit(store: Store, machine: Machine) -> None:
-    def slowly(config: KernelConfig, n: int) -> TrialResult:
+    def slowly(config: KernelConfig, n: int) -> Reply:
         time.sleep(0.05)
         return timed(100.0)
 
@@ -289,7 +287,7 @@ def test_the_time_limit(store: Store, machine: Machine) -> None:
 
 def test_the_time_budget_starts_with_the_first_measurement(store: Store) -> None:
     """Compilers take seconds to start, which once used up a short budget before the second trial."""
-    run = Run(JOB, store, measure=True, trials=3)
+    run = JobRun(JOB, store, measure=True, trials=3)
     run.begin(0.2)
     requests = [run.next_compile() for _ in range(2)]
     time.sleep(0.3)
@@ -297,7 +295,7 @@ def test_the_time_budget_starts_with_the_first_measurement(store: Store) -> None
     before = time.monotonic()
     for source in requests:
         assert source is not None
-        run.on_compiled(source[1].trial.config, TrialResult(Outcome.OK, resources=FINE))
+        run.on_compiled(source[1].instance.config, Reply(Outcome.OK, resources=FINE))
     assert before + 0.2 <= run.progress.deadline <= time.monotonic() + 0.2
     time.sleep(0.3)
     assert not run.searching

@@ -25,10 +25,10 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.workers import child
-from parallax_gen.tuning.workers.messages import Compile, Timing, Trial
+from parallax_gen.tuning.workers.messages import Compile, KernelInstance, Timing
 from parallax_gen.tuning.workers.worker import Worker
 
-TRIAL = Trial(
+INSTANCE = KernelInstance(
     KernelSpec("decode", 64, "bf16"), DecodeConfig(32, 8, 1, "none", 1, 2), Shape(1, 1, 1, 1, 128), GPUS["h200"]
 )
 
@@ -112,7 +112,7 @@ def hanging_ptxas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_ptxas_that_hangs_is_killed_with_its_child(hanging_ptxas: Path) -> None:
     """The child is killed as after a timeout, but sooner."""
     with closing(Worker(device=None)) as worker, ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(worker.ask, Compile(TRIAL), 120.0)
+        waiting = thread.submit(worker.ask, Compile(INSTANCE), 120.0)
         assert wait_for(lambda: hanging_ptxas.exists() and hanging_ptxas.read_text(encoding="utf-8").strip() != "")
         ptxas = int(hanging_ptxas.read_text(encoding="utf-8"))
         assert alive(ptxas)
@@ -128,13 +128,13 @@ def test_children_end_with_their_parent(hanging_ptxas: Path) -> None:
         from parallax_gen.problem.hardware import GPUS
         from parallax_gen.problem.shapes import Shape
         from parallax_gen.problem.spec import KernelSpec
-        from parallax_gen.tuning.workers.messages import Compile, Trial
+        from parallax_gen.tuning.workers.messages import Compile, KernelInstance
         from parallax_gen.tuning.workers.worker import Worker
-        spec, shape = {TRIAL.spec!r}, {TRIAL.shape!r}
+        spec, shape = {INSTANCE.spec!r}, {INSTANCE.shape!r}
         worker = Worker(device=None)
         worker.start()
         print(worker._child.pid, flush=True)
-        worker.ask(Compile(Trial(spec, {TRIAL.config!r}, shape, GPUS["h200"])), timeout_s=60.0)
+        worker.ask(Compile(KernelInstance(spec, {INSTANCE.config!r}, shape, GPUS["h200"])), timeout_s=60.0)
     """)
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, encoding="utf-8")
     try:
@@ -153,7 +153,7 @@ def test_children_end_with_their_parent(hanging_ptxas: Path) -> None:
 
 def test_decode_varlen_is_timed_on_each_batch_of_lengths() -> None:
     spec, shape = KernelSpec("decode_varlen", 64, "bf16"), Shape(4, 2, 2, 1, 320)
-    trial = Trial(spec, default_config(spec, shape, GPUS["h200"]), shape, GPUS["h200"])
+    trial = KernelInstance(spec, default_config(spec, shape, GPUS["h200"]), shape, GPUS["h200"])
     spread, *_ = timed_lengths(spec, shape)
     inputs = random_inputs_of(spec, shape, seed=0, device="cpu", full=True, lengths=spread)
     batches = child._batches(trial, inputs)

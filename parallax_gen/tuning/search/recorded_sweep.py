@@ -1,4 +1,4 @@
-"""Recorded sweeps: one small file with the results of every config of one place, on which searches are simulated.
+"""Recorded sweeps: one small file with the results of every config of one place, on which searches are replayed.
 
 A file is lines of JSON, gzipped if its name ends in .gz. The first line is a header with the place, the toolchain, the
 shape, the card and time of measurement, whether the sweep is whole, and the columns. Each other line is one config: its
@@ -201,7 +201,7 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
     return Result(config=config, **common, **values)
 
 
-# -- Searches simulated on recorded sweeps, without a GPU: after how many trials each sampler is near the best config.
+# -- Searches replayed on recorded sweeps, without a GPU: after how many trials each sampler is near the best config.
 
 TUNERS = "ours"  # the strategy of the tuner: the default config first, then the default sampler
 STRATEGIES = (TUNERS, *SAMPLERS)
@@ -224,26 +224,26 @@ class Curve:
     near_after: tuple[int | None, int | None, int | None]
 
 
-def simulate(
+def replay_searches(
     sweep: Sweep, strategies: Sequence[str], *, seeds: int, trials: int, workers: int | None = None
 ) -> list[Curve]:
-    """Simulate searches and return the curve of each strategy over `trials` trials.
+    """Replay searches and return the curve of each strategy over `trials` trials.
 
-    The seeds run in `workers` processes, by default one per usable CPU.
+    The searches run in `workers` processes, by default one per usable CPU.
     """
-    runs = [(name, seed) for name in strategies for seed in range(seeds)]
-    simulate_run = partial(_simulate_run, sweep, trials)
+    searches = [(name, seed) for name in strategies for seed in range(seeds)]
+    replay_search = partial(_replay_search, sweep, trials)
     if workers == 1:
-        regrets_of_runs = list(map(simulate_run, runs))
+        regrets_of_searches = list(map(replay_search, searches))
     else:
         with ProcessPoolExecutor(workers or usable_cpus(), mp_context=get_context("spawn")) as pool:
-            regrets_of_runs = list(pool.map(simulate_run, runs))
-    by_strategy = {name: regrets_of_runs[i * seeds : (i + 1) * seeds] for i, name in enumerate(strategies)}
+            regrets_of_searches = list(pool.map(replay_search, searches))
+    by_strategy = {name: regrets_of_searches[i * seeds : (i + 1) * seeds] for i, name in enumerate(strategies)}
     return [_curve(name, regrets) for name, regrets in by_strategy.items()]
 
 
 def regrets(sweep: Sweep, strategy: str, seed: int, trials: int) -> list[float]:
-    """The regret after each trial of one simulated search, which sees only the costs of configs that it proposes."""
+    """The regret after each trial of one replayed search, which sees only the costs of configs that it proposes."""
     if strategy not in STRATEGIES:
         raise ArgumentError("sampler", repr(strategy), ", ".join(STRATEGIES))
     place, shape, costs, best_us = sweep.place, sweep.shape, sweep.costs, sweep.best_us
@@ -269,8 +269,8 @@ def regrets(sweep: Sweep, strategy: str, seed: int, trials: int) -> list[float]:
     return regrets_so_far
 
 
-def _simulate_run(sweep: Sweep, trials: int, run: tuple[str, int]) -> list[float]:
-    strategy, seed = run
+def _replay_search(sweep: Sweep, trials: int, search: tuple[str, int]) -> list[float]:
+    strategy, seed = search
     return regrets(sweep, strategy, seed, trials)
 
 
@@ -279,7 +279,7 @@ def _curve(name: str, regrets_of_seeds: Iterable[list[float]]) -> Curve:
     quartiles = [_quartiles(regrets_of_trial) for regrets_of_trial in zip(*regrets_of_seeds, strict=True)]
     lower, median, upper = ([three[i] for three in quartiles] for i in range(3))
     never = float("inf")
-    near = [next((n for n, regret in enumerate(run, start=1) if regret <= NEAR), never) for run in regrets_of_seeds]
+    near = [next((n for n, regret in enumerate(r, start=1) if regret <= NEAR), never) for r in regrets_of_seeds]
     first, second, third = (None if n == never else round(n) for n in _quartiles(near))
     return Curve(name, median, lower, upper, (first, second, third))
 

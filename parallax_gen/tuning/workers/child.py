@@ -41,11 +41,11 @@ from parallax_gen.tuning.job import step_spec
 from parallax_gen.tuning.workers.messages import (
     Compile,
     Identify,
+    KernelInstance,
     Measure,
     MeasureInterleaved,
     Ready,
-    Trial,
-    TrialResult,
+    Reply,
     WorkerRequest,
 )
 
@@ -87,73 +87,73 @@ def serve(*, device: bool) -> None:
         reply(partial(answer, request))
 
 
-def answer(request: WorkerRequest | Identify) -> TrialResult | Gpu | None:
+def answer(request: WorkerRequest | Identify) -> Reply | Gpu | None:
     """The reply to a request. Raises an error that `machine_error` recognises if the machine is at fault."""
     start = time.monotonic()
     if isinstance(request, Identify):
         return gpu_here(0)
     if isinstance(request, Compile):
-        reply = compile_trial(request)
+        reply = compile_instance(request)
     elif isinstance(request, Measure):
-        reply = measure_trial(request)
+        reply = measure_instance(request)
     else:
         reply = measure_interleaved(request)
     return dataclasses.replace(reply, seconds=time.monotonic() - start)
 
 
-def compile_trial(request: Compile) -> TrialResult:
-    """Compile for the trial's GPU. Needs no device."""
-    trial = request.trial
+def compile_instance(request: Compile) -> Reply:
+    """Compile an instance for its GPU. Needs no device."""
+    instance = request.instance
     try:
-        source = render(trial.spec, trial.config, trial.gpu)
-        resources = compile_for(source, trial.spec, trial.config, trial.shape, trial.gpu)
+        source = render(instance.spec, instance.config, instance.gpu)
+        resources = compile_for(source, instance.spec, instance.config, instance.shape, instance.gpu)
     except ConfigError as error:
-        return TrialResult(Outcome.INVALID, str(error))
+        return Reply(Outcome.INVALID, str(error))
     except BuildError as error:
-        return TrialResult(Outcome.COMPILE, str(error))
-    return TrialResult(Outcome.OK, resources=resources)
+        return Reply(Outcome.COMPILE, str(error))
+    return Reply(Outcome.OK, resources=resources)
 
 
-def measure_trial(request: Measure) -> TrialResult:
-    """Check at an awkward shape and at the trial's shape, then time at the trial's shape."""
+def measure_instance(request: Measure) -> Reply:
+    """Check an instance at an awkward shape and at its own, then time it at its own."""
     from triton.runtime.errors import OutOfResources
 
     from parallax_gen.oracle import verify
     from parallax_gen.tuning.workers.measure import time_call
 
-    trial = request.trial
-    spec, config, shape = trial.spec, trial.config, trial.shape
+    instance = request.instance
+    spec, config, shape = instance.spec, instance.config, instance.shape
     try:
-        source = render(spec, config, trial.gpu)
+        source = render(spec, config, instance.gpu)
         small = op_of(spec).awkward_shape(spec, config, shape.kv_heads)
         verdict = verify.check(source, spec, config, small, seed=random.randrange(2**31), device="cuda")
         if verdict.wrong:
-            return TrialResult(Outcome.WRONG, f"at {small}: {verdict.wrong}", error=verdict.error)
+            return Reply(Outcome.WRONG, f"at {small}: {verdict.wrong}", error=verdict.error)
         inputs, expected = _inputs_and_oracle(spec, shape)
         verdict = verify.launch_and_check(source, spec, config, inputs, expected)
         if verdict.wrong:
-            return TrialResult(Outcome.WRONG, f"at {shape}: {verdict.wrong}", error=verdict.error)
-        batches = _batches(trial, inputs)
+            return Reply(Outcome.WRONG, f"at {shape}: {verdict.wrong}", error=verdict.error)
+        batches = _batches(instance, inputs)
         timing = time_call(
-            _call(trial, batches),
+            _call(instance, batches),
             timed_ms=request.timed_ms,
             give_up_us=request.give_up_us * len(batches),
             in_bursts=request.in_bursts,
             memory_bound=not bound_by_matmuls(spec.op),
         ).per_launch(len(batches))
     except BuildError as error:
-        return TrialResult(Outcome.COMPILE, str(error))
+        return Reply(Outcome.COMPILE, str(error))
     except OutOfResources as error:
-        return TrialResult(Outcome.RESOURCES, str(error).splitlines()[0])
+        return Reply(Outcome.RESOURCES, str(error).splitlines()[0])
     except RuntimeError as error:
         if not OUT_OF_MEMORY.search(str(error)):
             raise
         return _out_of_memory(error)
     outcome = Outcome.SLOW if timing.median_us > request.give_up_us else Outcome.OK
-    return TrialResult(outcome, timing=timing, error=verdict.error)
+    return Reply(outcome, timing=timing, error=verdict.error)
 
 
-def _out_of_memory(error: RuntimeError) -> TrialResult:
+def _out_of_memory(error: RuntimeError) -> Reply:
     """The result of a trial that ran out of GPU memory. Raises MemoryTakenError if other processes hold the memory."""
     import torch
 
@@ -167,38 +167,38 @@ def _out_of_memory(error: RuntimeError) -> TrialResult:
             ) from error
     elif held_by_other_processes(message):
         raise error
-    return TrialResult(Outcome.RESOURCES, f"needs more memory than the card has: {message}")
+    return Reply(Outcome.RESOURCES, f"needs more memory than the card has: {message}")
 
 
-def measure_interleaved(request: MeasureInterleaved) -> TrialResult:
+def measure_interleaved(request: MeasureInterleaved) -> Reply:
     """Time interleaved trials, which passed their checks, at their shape."""
     from parallax_gen.tuning.workers.measure import time_interleaved
 
-    first = request.trials[0]
+    first = request.instances[0]
     inputs, _ = _inputs_and_oracle(first.spec, first.shape)
     batches = _batches(first, inputs)
-    calls = [_call(trial, batches) for trial in request.trials]
+    calls = [_call(instance, batches) for instance in request.instances]
     memory_bound = not bound_by_matmuls(first.spec.op)
     timings = time_interleaved(calls, timed_ms=request.timed_ms, in_bursts=request.in_bursts, memory_bound=memory_bound)
-    return TrialResult(Outcome.OK, timings=tuple(timing.per_launch(len(batches)) for timing in timings))
+    return Reply(Outcome.OK, timings=tuple(timing.per_launch(len(batches)) for timing in timings))
 
 
-def _batches(trial: Trial, inputs: Inputs) -> list[Inputs]:
-    """The inputs that a trial is timed on: `inputs`, and copies with each of the other sequence lengths."""
+def _batches(instance: KernelInstance, inputs: Inputs) -> list[Inputs]:
+    """The inputs that an instance is timed on: `inputs`, and copies with each of the other sequence lengths."""
     import torch
 
-    _, *other_lengths = timed_lengths(trial.spec, trial.shape)
+    _, *other_lengths = timed_lengths(instance.spec, instance.shape)
     tensors = (torch.tensor(lengths, dtype=torch.int32, device=inputs.q.device) for lengths in other_lengths)
     return [inputs, *(dataclasses.replace(inputs, cache_seqlens=lengths) for lengths in tensors)]
 
 
-def _call(trial: Trial, batches: list[Inputs]) -> Callable[[], object]:
-    """A call that launches a trial's kernel on each of the batches."""
+def _call(instance: KernelInstance, batches: list[Inputs]) -> Callable[[], object]:
+    """A call that launches an instance's kernel on each of the batches."""
     from parallax_gen.oracle.inputs import softmax_scale
 
-    launch = load(render(trial.spec, trial.config, trial.gpu)).launch
-    scale = softmax_scale(trial.spec)
-    launches = [prepare(trial.spec, trial.config, inputs).arguments(scale) for inputs in batches]
+    launch = load(render(instance.spec, instance.config, instance.gpu)).launch
+    scale = softmax_scale(instance.spec)
+    launches = [prepare(instance.spec, instance.config, inputs).arguments(scale) for inputs in batches]
     return lambda: [launch(*arguments) for arguments in launches]
 
 

@@ -18,7 +18,7 @@ TRIAL_MS = 20.0  # how long a config is timed in its trial
 
 
 @dataclass(frozen=True)
-class Trial:
+class KernelInstance:
     """One config of one spec, to be compiled for a GPU and run at a shape."""
 
     spec: KernelSpec
@@ -31,14 +31,14 @@ class Trial:
 class Compile:
     """Compile without touching a device."""
 
-    trial: Trial
+    instance: KernelInstance
 
 
 @dataclass(frozen=True)
 class Measure:
     """Check against the oracle, then time for about timed_ms; a call slower than give_up_us is timed only briefly."""
 
-    trial: Trial
+    instance: KernelInstance
     give_up_us: float = float("inf")
     timed_ms: float = TRIAL_MS
     in_bursts: bool = False
@@ -46,9 +46,9 @@ class Measure:
 
 @dataclass(frozen=True)
 class MeasureInterleaved:
-    """Time trials of one spec and shape that passed their checks, interleaved: clock drift affects all equally."""
+    """Time instances of one spec and shape that passed their checks, interleaved: clock drift affects all equally."""
 
-    trials: tuple[Trial, ...]
+    instances: tuple[KernelInstance, ...]
     timed_ms: float = TRIAL_MS
     in_bursts: bool = False
 
@@ -81,10 +81,10 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class TrialResult:
+class Reply:
     """The reply to a request. No child reports the outcome PREDICTED.
 
-    timings  for a MeasureInterleaved, one per trial
+    timings  for a MeasureInterleaved, one per instance
     """
 
     outcome: Outcome

@@ -21,7 +21,7 @@ from parallax_gen.errors import MemoryTakenError
 from parallax_gen.memory.result import Outcome
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
-from parallax_gen.tuning.workers.messages import Compile, MeasureInterleaved, TrialResult, WorkerRequest
+from parallax_gen.tuning.workers.messages import Compile, MeasureInterleaved, Reply, WorkerRequest
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class WorkerProtocol(Protocol):
 
     def start(self) -> None: ...
 
-    def ask(self, request: WorkerRequest, timeout_s: float) -> TrialResult: ...
+    def ask(self, request: WorkerRequest, timeout_s: float) -> Reply: ...
 
     def kill(self) -> None: ...
 
@@ -54,12 +54,12 @@ class _Compilation:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CompletedRequest:
     """The reply to a request of `owner` (a run's number); device is None for a compilation."""
 
     owner: int
     request: WorkerRequest
-    reply: TrialResult
+    reply: Reply
     device: int | None = None
 
 
@@ -72,7 +72,7 @@ class Pool:
 
     def __init__(self, measuring: Mapping[int, WorkerProtocol], compilers: Sequence[WorkerProtocol]):
         self.compilers = len(compilers)
-        self._answers: SimpleQueue[tuple[Answer, str] | BaseException] = SimpleQueue()
+        self._completed: SimpleQueue[tuple[CompletedRequest, str] | BaseException] = SimpleQueue()
         self._to_compile: SimpleQueue[_Compilation | None] = SimpleQueue()
         self._to_measure: dict[int, SimpleQueue[tuple[int, WorkerRequest] | None]] = {
             d: SimpleQueue() for d in measuring
@@ -101,24 +101,24 @@ class Pool:
         """Queue a request for a device, which handles one at a time."""
         self._to_measure[device].put((owner, request))
 
-    def next(self, timeout_s: float) -> Answer | None:
-        """The next answer; None after the timeout, or for an answer whose owner was forgotten.
+    def next(self, timeout_s: float) -> CompletedRequest | None:
+        """The next completed request; None after the timeout, or for one whose owner was forgotten.
 
         Raises MachineError if the machine is at fault, and any other error of a worker.
         """
         try:
-            reply = self._answers.get(timeout=timeout_s)
+            reply = self._completed.get(timeout=timeout_s)
         except Empty:
             return None
         if isinstance(reply, BaseException):
             raise reply
-        answer, source = reply
+        completed, source = reply
         if source:
             if self._held[source]:
                 self._to_compile.put(self._held[source].popleft())
             else:
                 del self._held[source]
-        return None if answer.device is None and answer.owner in self._forgotten else answer
+        return None if completed.device is None and completed.owner in self._forgotten else completed
 
     def forget(self, owner: int) -> None:
         """Drop the queued compilations of an owner."""
@@ -147,11 +147,11 @@ class Pool:
         try:
             serve(*arguments)
         except BaseException as error:  # noqa: BLE001 - raised again in `next`
-            self._answers.put(error)
+            self._completed.put(error)
         finally:
             worker.close()
 
-    def _ask(self, worker: WorkerProtocol, request: WorkerRequest, timeout_s: float) -> TrialResult:
+    def _ask(self, worker: WorkerProtocol, request: WorkerRequest, timeout_s: float) -> Reply:
         """A worker's reply. Retries MEMORY_WAITS_S times while other processes hold the memory that it needs."""
         for wait_s in MEMORY_WAITS_S:
             try:
@@ -167,21 +167,21 @@ class Pool:
         while (compilation := self._to_compile.get()) is not None:
             forgotten = compilation.owner in self._forgotten
             reply = (
-                TrialResult(Outcome.CRASH, "given up")
+                Reply(Outcome.CRASH, "given up")
                 if forgotten  # nobody reads this reply
                 else self._ask(worker, compilation.request, COMPILE_TIMEOUT_S)
             )
-            self._answers.put((Answer(compilation.owner, compilation.request, reply), compilation.source))
+            self._completed.put((CompletedRequest(compilation.owner, compilation.request, reply), compilation.source))
 
     def _measure_all(self, worker: WorkerProtocol, device: int) -> None:
         cached: tuple[KernelSpec, Shape] | None = None  # the problem whose oracle results the child has cached
         while (item := self._to_measure[device].get()) is not None:
             owner, request = item
-            trial = request.trials[0] if isinstance(request, MeasureInterleaved) else request.trial
-            problem = trial.spec, trial.shape
+            instance = request.instances[0] if isinstance(request, MeasureInterleaved) else request.instance
+            problem = instance.spec, instance.shape
             reply = self._ask(worker, request, CACHED_TIMEOUT_S if problem == cached else MEASURE_TIMEOUT_S)
             cached = None if reply.outcome.inconclusive else problem
-            self._answers.put((Answer(owner, request, reply, device), ""))
+            self._completed.put((CompletedRequest(owner, request, reply, device), ""))
 
 
 def _empty(queue: SimpleQueue[Any]) -> None:

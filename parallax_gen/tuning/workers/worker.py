@@ -20,7 +20,7 @@ from typing import Any
 from parallax_gen.errors import MachineError, MeasureError, gist, machine_error, machine_error_of_exit
 from parallax_gen.memory.result import Outcome
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.tuning.workers.messages import Identify, Ready, TrialResult, WorkerRequest
+from parallax_gen.tuning.workers.messages import Identify, Ready, Reply, WorkerRequest
 
 EXIT_S = 30.0  # how long a killed child may take to exit: the driver first destroys its context
 START_S = 120.0  # how long a child may take to start and to identify its GPU: imports take long on a busy machine
@@ -44,7 +44,7 @@ class Worker:
         """Start the child before the first request, because importing torch takes seconds. Raises MachineError."""
         self._ensure_running()
 
-    def ask(self, request: WorkerRequest, timeout_s: float) -> TrialResult:
+    def ask(self, request: WorkerRequest, timeout_s: float) -> Reply:
         """The reply to a request. If none comes, the outcome is TIMEOUT (the child is killed) or CRASH.
 
         timeout_s is for the request; a child that must start first gets more time. Raises MachineError if the machine
@@ -60,12 +60,12 @@ class Worker:
         except ChildProcessError as error:
             outcome, detail = Outcome.CRASH, str(error)
         else:
-            assert isinstance(reply, TrialResult)
+            assert isinstance(reply, Reply)
             return reply
         seconds = time.monotonic() - start
         if self._had_device and not self._killed:
             self._wait_until_ready()  # a lost device is no config's fault
-        return TrialResult(outcome, detail, seconds=seconds)
+        return Reply(outcome, detail, seconds=seconds)
 
     def identify(self) -> Gpu | None:
         """The GPU that the child sees, or None. Raises MeasureError if the child does not reply."""

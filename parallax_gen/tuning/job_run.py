@@ -22,13 +22,13 @@ from parallax_gen.tuning.finals import Finals
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.search.cost_model import guess_us, predict_us
 from parallax_gen.tuning.search.search import Search
-from parallax_gen.tuning.workers.messages import Compile, Measure, Trial, TrialResult, WorkerRequest
+from parallax_gen.tuning.workers.messages import Compile, KernelInstance, Measure, Reply, WorkerRequest
 
 MAX_SPILLS = 512  # bytes per thread; in the recorded sweeps kernels that spill half as much are far from the best
 GIVE_UP_FACTOR = 1.5  # timing stops early for a call this many times slower than the best
 
 
-class Run:
+class JobRun:
     """The trials of a job, from the first config to the last finalist.
 
     The scheduler takes configs to compile (`next_compile`), passes on the replies (`on_compiled`), takes requests for a
@@ -71,9 +71,9 @@ class Run:
             self._search.tell(result.config, result.time_us)
         self.progress = Progress(job, known=len(known_results), best=best)
         self._proposed = self._compiling = self._measuring = 0
-        self._ready: deque[tuple[KernelConfig, TrialResult]] = deque()  # compiled, and not yet measured
-        self._compiled: dict[KernelConfig, TrialResult] = {}  # configs that are being measured
-        self._finals = Finals(job.spec.op, self._current_results, self._trial, self._default, only_configs or ())
+        self._ready: deque[tuple[KernelConfig, Reply]] = deque()  # compiled, and not yet measured
+        self._compiled: dict[KernelConfig, Reply] = {}  # configs that are being measured
+        self._finals = Finals(job.spec.op, self._current_results, self._instance, self._default, only_configs or ())
         self._claimed_elsewhere: list[KernelConfig] = []  # other workers had claimed these when they were proposed
         self._shared_configs: set[KernelConfig] = set()  # configs that other workers finished
         self._shared_at_start = 0
@@ -123,9 +123,9 @@ class Run:
             return None
         self._proposed += 1
         self._compiling += 1
-        return self._source_key(config), Compile(self._trial(config))
+        return self._source_key(config), Compile(self._instance(config))
 
-    def on_compiled(self, config: KernelConfig, reply: TrialResult) -> bool:
+    def on_compiled(self, config: KernelConfig, reply: Reply) -> bool:
         """Take the reply of a compilation. Returns True if it ended the trial: failed, pruned or predicted."""
         self._compiling -= 1
         if not self._some_compiled:  # the time budget begins here: it excludes the seconds in which compilers start
@@ -138,7 +138,7 @@ class Run:
         estimate = None
         if ended is None:
             assert reply.resources is not None
-            ended = TrialResult(Outcome.PREDICTED)
+            ended = Reply(Outcome.PREDICTED)
             estimate = predict_us(self.job.spec, config, self.job.timed_shape, self.job.gpu, reply.resources)
         self._store_result(self._result(config, reply, ended, predicted_us=estimate))
         return True
@@ -151,18 +151,18 @@ class Run:
                 config, self._compiled[config] = self._ready.popleft()
                 # The default is always timed to the end: its time shows what tuning gained.
                 give_up_us = float("inf") if config == self._default else GIVE_UP_FACTOR * self._best_us
-                request = Measure(self._trial(config), give_up_us)
+                request = Measure(self._instance(config), give_up_us)
         elif self._measure and not self._measuring:
             self._finals.over |= self._claims is not None and self._claims.others_have_claims()
             request = self._finals.next_request()
         self._measuring += request is not None
         return request
 
-    def on_measured(self, request: WorkerRequest, reply: TrialResult) -> bool:
+    def on_measured(self, request: WorkerRequest, reply: Reply) -> bool:
         """Take the reply to a request. Returns True if it ended a trial, False for finals."""
         self._measuring -= 1
-        if isinstance(request, Measure) and request.trial.config in self._compiled:
-            config = request.trial.config
+        if isinstance(request, Measure) and request.instance.config in self._compiled:
+            config = request.instance.config
             self._store_result(self._result(config, self._compiled.pop(config), reply))
             return True
         for result in self._finals.results_of(request, reply):
@@ -251,7 +251,7 @@ class Run:
             self.progress.best = best
         self.progress.other_workers = len(self._shared_configs) - self._shared_at_start
 
-    def _early_end(self, compiled: TrialResult) -> TrialResult | None:
+    def _early_end(self, compiled: Reply) -> Reply | None:
         """The outcome that ends a trial after compiling: a failure, spills, too much shared memory.
 
         None to continue.
@@ -260,11 +260,9 @@ class Run:
         if compiled.outcome.failed or resources is None:
             return compiled
         if resources.spills > MAX_SPILLS:
-            return TrialResult(Outcome.RESOURCES, f"spills {resources.spills} bytes a thread, over {MAX_SPILLS}")
+            return Reply(Outcome.RESOURCES, f"spills {resources.spills} bytes a thread, over {MAX_SPILLS}")
         if resources.shared_bytes > max_shared:
-            return TrialResult(
-                Outcome.RESOURCES, f"needs {resources.shared_bytes} bytes of shared memory, over {max_shared}"
-            )
+            return Reply(Outcome.RESOURCES, f"needs {resources.shared_bytes} bytes of shared memory, over {max_shared}")
         return None
 
     @property
@@ -272,8 +270,8 @@ class Run:
         best = self.progress.best
         return best.time_us if best is not None and best.time_us is not None else float("inf")
 
-    def _trial(self, config: KernelConfig) -> Trial:
-        return Trial(self.job.spec, config, self.job.shape, self.job.gpu)
+    def _instance(self, config: KernelConfig) -> KernelInstance:
+        return KernelInstance(self.job.spec, config, self.job.shape, self.job.gpu)
 
     def _source(self, config: KernelConfig) -> KernelSource | None:
         try:
@@ -303,7 +301,7 @@ class Run:
         self.progress.seconds = time.monotonic() - self._start
 
     def _result(
-        self, config: KernelConfig, compiled: TrialResult, reply: TrialResult, *, predicted_us: float | None = None
+        self, config: KernelConfig, compiled: Reply, reply: Reply, *, predicted_us: float | None = None
     ) -> Result:
         resources, timing = compiled.resources, reply.timing
         return Result(
