@@ -7,8 +7,8 @@ from pathlib import Path
 
 PROGRAMS = sorted((Path(__file__).parent / "drop_in_programs").glob("*.py"))
 MODULES = {
-    "parallax": "official",
-    "parallax.triton": "official_triton",
+    "parallax": "parallax_kernel",
+    "parallax.triton": "parallax_kernel_triton",
     "fla.ops.parallax": "fla",
     "fla.ops.parallax.decode": "fla",
 }

@@ -71,7 +71,7 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """The file that a row was read from, and the conditions that the file states.
 
     file        its name: baselines are only compared within a file, where they ran in one process on the same inputs
@@ -106,7 +106,7 @@ class Row:
     lengths        for decode with per-sequence lengths: the number of keys of each sequence; () if all have the shape's
     peaked_error   the output's error on peaked rows (`oracle_check.peaked_inputs`); None for a backward, where `error`
                    is None, for fewer than `peaked.FEWEST_KEYS` keys, and if memory did not suffice
-    origin         set for rows that `read_rows` read
+    provenance     set for rows that `read_rows` read
     """
 
     baseline: str
@@ -125,19 +125,21 @@ class Row:
     conditions: Conditions | None = None
     lengths: tuple[int, ...] = ()
     peaked_error: float | None = None
-    origin: Origin = Origin()
+    provenance: Provenance = Provenance()
 
     @property
     def compared_at(self) -> tuple[object, ...]:
         """Rows of several baselines are compared if this is equal."""
-        return self.origin, self.op, self.part, self.spec, self.shape, self.lengths
+        return self.provenance, self.op, self.part, self.spec, self.shape, self.lengths
 
 
-_SCALAR_FIELDS = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditions", "origin")]
+_SCALAR_FIELDS = [f.name for f in fields(Row) if f.name not in ("spec", "shape", "conditions", "provenance")]
 
-# Fields whose name in files differs: files keep the names of older releases.
+# Fields whose name in files differs: files keep the first names.
 _NAME_IN_FILES = {"baseline": "contender", "few_calls": "hasty"}
 _FIELD_NAMES = {stored: name for name, stored in _NAME_IN_FILES.items()}
+# A baseline's name in older files -> today's.
+_TODAYS_BASELINES = {f"official {kind}": f"parallax-kernel {kind}" for kind in ("CuTeDSL", "Triton", "Helion")}
 
 
 def _to_stored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +224,9 @@ def row_from(texts: Mapping[str, str], location: str) -> Row:
         op = "forward" if texts["op"] == TRAINING else texts["op"]
         flags["window"] = shape.window > 0
         spec = spec_from_op(op, flags.pop("ragged", False), head_dim=head_dim, group=shape.group, **flags)
-        return Row(spec=spec, shape=shape, **_from_stored(_parsed_fields(_ROW_TYPES, texts)))
+        values = _from_stored(_parsed_fields(_ROW_TYPES, texts))
+        values["baseline"] = _TODAYS_BASELINES.get(values["baseline"], values["baseline"])
+        return Row(spec=spec, shape=shape, **values)
 
 
 def from_flat(texts: Mapping[str, str]) -> Row:
@@ -244,7 +248,9 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise ParallaxGenError(f"cannot read {path}: {error}") from error
     rows = _json_rows(path, text) if text.lstrip().startswith("{") else _csv_rows(path, text)
-    return [replace(row_from(texts, f"{path}, {location}"), origin=_origin(path, texts)) for location, texts in rows]
+    return [
+        replace(row_from(texts, f"{path}, {location}"), provenance=_provenance(path, texts)) for location, texts in rows
+    ]
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -291,12 +297,12 @@ def _value_text(value: object) -> str:
     return value if isinstance(value, str) else shown(value) if isinstance(value, dict | list) else str(value)
 
 
-def _origin(path: Path, texts: Mapping[str, str]) -> Origin:
+def _provenance(path: Path, texts: Mapping[str, str]) -> Provenance:
     card = next((texts[name] for name in CARD_COLUMNS if texts.get(name)), "")
     with suppress(UnknownGpuError):  # a card that is not in the table keeps its own name
         card = gpu_by_name(card).name if card else ""
     conditions = ", ".join(f"{name} {texts[name]}" for name in CONDITION_COLUMNS if texts.get(name))
-    return Origin(path.name, card, conditions, texts.get("command", ""))
+    return Provenance(path.name, card, conditions, texts.get("command", ""))
 
 
 @contextmanager

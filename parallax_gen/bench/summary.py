@@ -37,7 +37,7 @@ class Mean(NamedTuple):
 def times_ours(rows: Iterable[Row]) -> list[tuple[Row, float | None]]:
     """Every other baseline's rows, each with its time divided by ours; None if either did not run.
 
-    Both rows have the same case, part and origin. Of duplicate rows the last one counts.
+    Both rows have the same case, part and provenance. Of duplicate rows the last one counts.
     """
     last = _last(rows)
     ratios: list[tuple[Row, float | None]] = []

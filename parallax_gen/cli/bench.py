@@ -56,8 +56,8 @@ def parse_lengths(text: str) -> Lengths:
 @click.option(
     "--grid",
     type=click.Choice(tuple(BENCH_GRIDS)),
-    help="A set of shapes, instead of --shape. official, serving: decode. training: the usual training steps of every "
-    "head_dim. paper: decode and training at batch 1 to 2048 with 128 to 32768 keys.",
+    help="A set of shapes, instead of --shape. parallax-kernel, serving: decode. training: the usual training steps of "
+    "every head_dim. paper: decode and training at batch 1 to 2048 with 128 to 32768 keys.",
 )
 @partial(flag_options, repeatable_page_size=True)
 @click.option(
@@ -122,14 +122,14 @@ def bench(
     A shape that does not fit the card's memory is skipped. After Ctrl-C the same command with the same --csv continues:
     rows of the same card, versions, kernels and settings are not timed again.
 
-    With --grid or --quick, baselines that take three times as long as ours are timed with few calls, and the official
-    Triton kernels autotune with few calls per config, because autotuning otherwise takes minutes per training shape.
-    The official Helion kernels are not tuned unless HELION_AUTOTUNE_EFFORT is set: "full" takes minutes per shape.
+    With --grid or --quick, baselines that take three times as long as ours are timed with few calls, and the Triton
+    kernels of parallax-kernel autotune with few calls per config, as autotuning takes minutes per training shape. Its
+    Helion kernels are not tuned unless HELION_AUTOTUNE_EFFORT is set: "full" takes minutes per shape.
 
     \b
     Baselines
       SDPA flash, SDPA cuDNN, flash-attn 2, flash-attn 3, flash-attn 4,
-      official CuTeDSL, official Triton, official Helion, fla, parallax_gen
+      parallax-kernel CuTeDSL, parallax-kernel Triton, parallax-kernel Helion, fla, parallax_gen
 
     \b
     Example

@@ -1,7 +1,7 @@
 """Drop-in replacements for other Parallax packages, with exactly their signatures and our kernels: change one import.
 
-    compat.official         replaces `parallax` of parallax-kernel 0.1.1
-    compat.official_triton  replaces `parallax.triton`
+    compat.parallax_kernel         replaces `parallax` of parallax-kernel 0.1.1
+    compat.parallax_kernel_triton  replaces `parallax.triton`
     compat.fla              replaces `fla.ops.parallax` and its `decode` of fla-core 0.6.0
 
 Accepted arguments give the same result in the same dtype and layout, except where a module says otherwise. Refused

@@ -157,7 +157,6 @@ def kernels(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> l
 # -- Grids of shapes: of the published results of other kernels, and of serving.
 
 # The grid of parallax-kernel's benchmark: one sequence, MHA, (head_dim, shape). Left out: caches over 2 GiB of keys.
-# Commands call it "official".
 _HEADS = tuple(2**n for n in range(12))
 _KEYS = tuple(2**n for n in range(7, 16))
 _MAX_KEY_BYTES = 2**31  # in bf16
@@ -180,7 +179,7 @@ SERVING = tuple(
     if batch * kv_heads * keys <= _MAX_KEYS
 )
 
-GRIDS = {"official": PARALLAX_KERNEL, "serving": SERVING}
+GRIDS = {"parallax-kernel": PARALLAX_KERNEL, "serving": SERVING}
 
 # The grid of the Parallax paper, by op: batches of 1 to 2048 sequences over 128 to 32768 keys. Decode has 8 heads, as
 # in the published results of parallax-kernel. The grid is complete: its largest caches take 275 GB, and a run leaves

@@ -131,7 +131,7 @@ class Report:
 
 
 def _part_of_baseline(row: Row) -> tuple[str, str, str, str]:
-    return row.origin.gpu, row.op, row.part, row.baseline
+    return row.provenance.gpu, row.op, row.part, row.baseline
 
 
 def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environments: bool) -> Report:
@@ -146,8 +146,8 @@ def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environ
     entries = entries_of(memory, (r for r in results if not requested or r.place.gpu in requested))
     shown = entries if all_environments else most_useful(entries)
     names = requested or tuple(sorted({entry.place.gpu for entry in entries}))
-    selected = [row for row in rows if not requested or row.origin.gpu in (*requested, "")]
-    by_op = sorted(selected, key=lambda row: (row.origin.gpu, row.op))
+    selected = [row for row in rows if not requested or row.provenance.gpu in (*requested, "")]
+    by_op = sorted(selected, key=lambda row: (row.provenance.gpu, row.op))
     return Report(
         gpus=names,
         shown=tuple(shown),
@@ -155,7 +155,9 @@ def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environ
         by_place=by_place(shown, names),
         ratios=times_ours(by_op),
         errors=largest_errors(by_op, _part_of_baseline),
-        benches=tuple(dict.fromkeys((row.origin.file, row.origin.conditions, row.origin.command) for row in selected)),
+        benches=tuple(
+            dict.fromkeys((row.provenance.file, row.provenance.conditions, row.provenance.command) for row in selected)
+        ),
     )
 
 

@@ -77,7 +77,7 @@ def speed_ups(
     ] = {}
     for row, ratio in ratios:
         shape = row.shape
-        kernel = row.origin.gpu, row.op, row.part, row.baseline, row.spec
+        kernel = row.provenance.gpu, row.op, row.part, row.baseline, row.spec
         size = shape.batch * shape.kv_heads, _lengths_and_window(shape)
         by_kernel.setdefault(kernel, {}).setdefault(size, []).append((row, ratio))
     by_op: dict[tuple[str, str], dict[tuple[str, str], list[Matrix]]] = {}

@@ -233,19 +233,21 @@ def test_helion_kernels_of_parallax_kernel(spec: KernelSpec, window: int) -> Non
     shape = Shape(2, 4, 2, 40, 40, window)
     for op in ("forward", TRAINING):
         x = random_inputs_for_case(op, spec, shape, "cpu")
-        errors = OracleCheck(op, spec, shape, x, "whole").errors(prepared("official Helion", op, spec, x).results())
+        errors = OracleCheck(op, spec, shape, x, "whole").errors(
+            prepared("parallax-kernel Helion", op, spec, x).results()
+        )
         assert len(errors) == (1 if op == "forward" else 5)
         assert max(errors.values()) < 1.25e-3  # what rounding to fp16 explains
     decode = KernelSpec("decode", 64, "fp16", group=2)
     x = random_inputs_for_case("decode", decode, Shape(2, 4, 2, 1, 40), "cpu")
-    assert close(prepared("official Helion", "decode", decode, x).results()["out"], attend(decode, x).out)
+    assert close(prepared("parallax-kernel Helion", "decode", decode, x).results()["out"], attend(decode, x).out)
 
 
 @pytest.mark.usefixtures("_helion")
 def test_notes_say_how_helion_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=quick")
+    assert BASELINES["parallax-kernel Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=quick")
     monkeypatch.delenv(parallax_kernel.HELION_EFFORT)
-    assert BASELINES["official Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=none")
+    assert BASELINES["parallax-kernel Helion"].package().endswith("HELION_AUTOTUNE_EFFORT=none")
     parallax_kernel.import_helion()
     assert os.environ[parallax_kernel.HELION_EFFORT] == "none"
 
@@ -259,14 +261,14 @@ def test_names_and_parts_of_baselines() -> None:
     assert list(BASELINES) == [
         "parallax_gen",
         *names,
-        "official CuTeDSL",
-        "official Triton",
-        "official Helion",
+        "parallax-kernel CuTeDSL",
+        "parallax-kernel Triton",
+        "parallax-kernel Helion",
         "fla",
     ]  # the names in CSV files of earlier releases
     assert [baseline.name for baseline in baselines_of("decode")] == list(BASELINES)
     for op in ("forward", TRAINING):
-        assert {baseline.name for baseline in baselines_of(op)} == set(BASELINES) - {"official CuTeDSL"}
+        assert {baseline.name for baseline in baselines_of(op)} == set(BASELINES) - {"parallax-kernel CuTeDSL"}
 
 
 def test_the_help_of_bench_names_every_baseline() -> None:
@@ -287,11 +289,11 @@ def test_packages_are_listed_with_versions(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(metadata, "version", version)
     packages = {name: baseline.package() for name, baseline in BASELINES.items()}
-    assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1"
+    assert packages["parallax-kernel CuTeDSL"] == "parallax-kernel 0.1.1"
     assert packages["fla"] == ""
     versions["nvidia-cutlass-dsl"] = "4.1.0"
     packages = {name: baseline.package() for name, baseline in BASELINES.items()}
-    assert packages["official CuTeDSL"] == "parallax-kernel 0.1.1, nvidia-cutlass-dsl 4.1.0"
+    assert packages["parallax-kernel CuTeDSL"] == "parallax-kernel 0.1.1, nvidia-cutlass-dsl 4.1.0"
 
 
 # quick autotuning

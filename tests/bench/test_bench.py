@@ -10,7 +10,7 @@ import pytest
 import torch
 from cli_samples import run, run_json
 
-from parallax_gen.bench import run as running
+from parallax_gen.bench import compare as comparing
 from parallax_gen.bench.baselines import BASELINES, baselines_of
 from parallax_gen.bench.parts import PARTS
 from parallax_gen.bench.rows import Effort, Row
@@ -34,7 +34,7 @@ STEP_ROWS = [
     for name, values in {
         "parallax_gen": [(1234.5, 640.5, 2e-3, ""), (12345.6, 400.0, 4e-3, ""), (13579.1, 450.0, 4e-3, "")],
         "SDPA cuDNN": [(2469.0, 310.0, None, ""), (12345.6, 400.0, None, ""), (15000.0, 350.0, None, "")],
-        "official Triton": [(4938.0, 500.0, 2e-3, ""), *[(30000.0, 200.0, 1.5e-1, "without a CUDA graph")] * 2],
+        "parallax-kernel Triton": [(4938.0, 500.0, 2e-3, ""), *[(30000.0, 200.0, 1.5e-1, "without a CUDA graph")] * 2],
         "fla": [(None, None, None, "not installed")] * 3,
     }.items()
     for part, (time_us, rate, error, note), peaked in zip(PARTS[TRAINING], values, (1.5e-2, None, 1.5e-2), strict=True)
@@ -62,7 +62,7 @@ def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return [row for row in result if not only or row.baseline in only]
 
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
-    monkeypatch.setattr(running, "compare", compare)
+    monkeypatch.setattr(comparing, "compare", compare)
     monkeypatch.setattr("sys.argv", ["parallax-gen", "bench", "--csv", "a file"])
 
 
@@ -104,9 +104,9 @@ def test_a_training_step_is_one_line_per_baseline() -> None:
     assert lines[3].split()[-2:] == ["softmax", "-"]
     assert lines[4].split()[-2:] == ["1.5e-01", "1.5e-02"]
     assert lines[5].split() == ["fla", *"--------"]
-    assert lines[6] == "official Triton, backward and step: without a CUDA graph"
+    assert lines[6] == "parallax-kernel Triton, backward and step: without a CUDA graph"
     assert lines[7] == "fla: not installed"
-    assert max(map(len, lines[1:6])) <= 80
+    assert max(map(len, lines[1:6])) <= 88
 
 
 @pytest.mark.usefixtures("_fake_gpu")
@@ -120,7 +120,10 @@ def test_means_are_per_part() -> None:
     ]
     lines = mean_lines([*STEP_ROWS, *longer])
     assert lines[0] == "training forward: SDPA cuDNN takes 2.83x our time (geometric mean of 2 shapes, least 2.00x)"
-    assert lines[1] == "training forward: official Triton takes 4.00x our time (geometric mean of 1 shape, least 4.00x)"
+    assert (
+        lines[1]
+        == "training forward: parallax-kernel Triton takes 4.00x our time (geometric mean of 1 shape, least 4.00x)"
+    )
     assert lines[2] == "training backward: SDPA cuDNN takes 1.41x our time (geometric mean of 2 shapes, least 1.00x)"
     assert len(lines) == 6
     assert not any("fla" in line for line in lines)
@@ -206,6 +209,6 @@ def test_ours_is_first() -> None:
 def test_json_of_an_error_that_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
     row = Row("fla", "decode", "decode", SPEC, SHAPE, 5.0, 1.0, float("inf"))
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
-    monkeypatch.setattr(running, "compare", lambda *_: [row])
+    monkeypatch.setattr(comparing, "compare", lambda *_: [row])
     document = json.loads(run("bench", "--op", "decode", "--shape", "1,8,4096", "--json").stdout)
     assert document["rows"][0]["error"] is None

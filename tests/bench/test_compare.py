@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.bench import run as comparing
+from parallax_gen.bench import compare as comparing
 from parallax_gen.bench.baselines import BASELINES, OURS
 from parallax_gen.bench.baselines.base import Baseline
 from parallax_gen.bench.compare import compare
@@ -107,13 +107,13 @@ def _fake_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_fake_baselines")
 @pytest.mark.parametrize(("spec", "shape"), [(STEP, SHAPE), (WINDOWED, WINDOW_SHAPE)], ids=["causal", "window"])
 def test_a_step_and_its_errors(clock: Clock, spec: KernelSpec, shape: Shape) -> None:
-    rows = compare(TRAINING, spec, shape, ("parallax_gen", "official Triton", "fla"))
+    rows = compare(TRAINING, spec, shape, ("parallax_gen", "parallax-kernel Triton", "fla"))
     assert len(rows) == 9
     for row in rows:
         assert (row.op, row.spec, row.shape, row.time_us, row.note) == (TRAINING, spec, shape, 100.0, "")
         assert row.error is not None
         assert 1e-5 < row.error < tolerance("bf16")  # the rounding of the output
-    for name in ("parallax_gen", "official Triton", "fla"):
+    for name in ("parallax_gen", "parallax-kernel Triton", "fla"):
         result = {part: row.error for part, row in rows_of(rows, name).items()}
         assert result["forward"] != result["backward"]
         assert result["step"] == max(result["forward"], result["backward"])  # type: ignore[type-var]
@@ -123,9 +123,9 @@ def test_a_step_and_its_errors(clock: Clock, spec: KernelSpec, shape: Shape) -> 
 @pytest.mark.usefixtures("_fake_baselines")
 def test_a_wrong_result_has_a_large_error(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     monkeypatch.setitem(sys.modules, "parallax.triton", fake_parallax_kernel(window_off_by_one))
-    rows = compare(TRAINING, WINDOWED, WINDOW_SHAPE, ("official Triton", "fla"))
+    rows = compare(TRAINING, WINDOWED, WINDOW_SHAPE, ("parallax-kernel Triton", "fla"))
     for part in PARTS[TRAINING]:
-        assert rows_of(rows, "official Triton")[part].error > 0.05  # type: ignore[operator]
+        assert rows_of(rows, "parallax-kernel Triton")[part].error > 0.05  # type: ignore[operator]
         assert rows_of(rows, "fla")[part].error < tolerance("bf16")  # type: ignore[operator]
 
 
@@ -135,7 +135,7 @@ def test_baselines_without_packed_sequences_have_a_note(clock: Clock, varlen: bo
     spec = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True, varlen=varlen)
     rows = compare(TRAINING, spec, SHAPE)
     assert all(row.time_us and row.error < tolerance("bf16") for row in rows_of(rows, "parallax_gen").values())  # type: ignore[operator]
-    for name in ("official Triton", "fla", "SDPA flash"):
+    for name in ("parallax-kernel Triton", "fla", "SDPA flash"):
         notes = {row.note.partition(":")[0] for row in rows_of(rows, name).values()}
         assert (notes == {"not supported"}) is varlen
 
@@ -172,8 +172,8 @@ def test_a_failing_baseline_is_a_row_and_our_failure_an_error(monkeypatch: pytes
 
     monkeypatch.setitem(sys.modules, "parallax.triton", fake_parallax_kernel(fail))
     monkeypatch.setitem(sys.modules, "fla.ops.parallax.parallel", None)
-    rows = compare(TRAINING, STEP, SHAPE, ("official Triton", "fla"))
-    assert {row.note for row in rows_of(rows, "official Triton").values()} == {"ValueError: out of luck"}
+    rows = compare(TRAINING, STEP, SHAPE, ("parallax-kernel Triton", "fla"))
+    assert {row.note for row in rows_of(rows, "parallax-kernel Triton").values()} == {"ValueError: out of luck"}
     assert {row.note for row in rows_of(rows, "fla").values()} == {"not installed"}
     assert not any(row.time_us for row in rows)
     monkeypatch.setattr(comparing, "baselines_of", lambda op: [Baseline("parallax_gen", step=fail)])
@@ -193,7 +193,7 @@ def test_a_failing_softmax_baseline_is_a_row(clock: Clock) -> None:
 def test_forward_alone(clock: Clock, window: int) -> None:
     spec = KernelSpec("forward", 64, "bf16", group=2, causal=True, window=window > 0)
     rows = compare("forward", spec, Shape(2, 4, 2, 40, 40, window))
-    for name in ("parallax_gen", "official Triton", "fla"):
+    for name in ("parallax_gen", "parallax-kernel Triton", "fla"):
         (row,) = rows_of(rows, name).values()
         assert row.error is not None
         assert row.error < tolerance("bf16")
@@ -234,7 +234,7 @@ def test_lengths_are_passed_checked_and_counted(clock: Clock, monkeypatch: pytes
     fake_parallax_kernel.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "parallax.cute", fake_parallax_kernel)
     spec = KernelSpec("decode_varlen", 64, "bf16", group=2, page_size=page_size)
-    shape, names = Shape(3, 4, 2, 1, 300), ("parallax_gen", "SDPA flash", "official CuTeDSL")
+    shape, names = Shape(3, 4, 2, 1, 300), ("parallax_gen", "SDPA flash", "parallax-kernel CuTeDSL")
     ours, softmax, peer = compare("decode", spec, shape, names, lengths=LENGTHS)
     assert {row.lengths for row in (ours, softmax, peer)} == {LENGTHS}
     moved = 2 * 64 * (2 * 2 * sum(LENGTHS) + 3 * 3 * 4)
@@ -367,6 +367,6 @@ def test_cached_inputs_of_a_baseline_are_released(monkeypatch: pytest.MonkeyPatc
     fake_parallax_kernel.parallax_attn_with_kvcache = attend  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "parallax.cute", fake_parallax_kernel)
     monkeypatch.setitem(sys.modules, "parallax.cute.parallax_decode", fake_parallax_kernel.parallax_decode)
-    compare("decode", KernelSpec("decode", 64, "bf16"), Shape(2, 2, 2, 1, 40), ("official CuTeDSL",))
+    compare("decode", KernelSpec("decode", 64, "bf16"), Shape(2, 2, 2, 1, 40), ("parallax-kernel CuTeDSL",))
     assert set(most) == {4}
     assert not kept

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli_samples import run, run_json
 
-from parallax_gen.bench import run as running
+from parallax_gen.bench import compare as comparing
 from parallax_gen.bench.cases import QUICK_SHAPES, Lengths
 from parallax_gen.bench.rows import Effort, Row
 from parallax_gen.describe import lengths_from_text, lengths_to_text, with_lengths
@@ -35,7 +35,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Compared]:
         return [Row(name, op, op, spec, shape, 10.0, 1.0, lengths=lengths) for name in only]
 
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h200"))
-    monkeypatch.setattr(running, "compare", compare)
+    monkeypatch.setattr(comparing, "compare", compare)
     return compared
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen.bench import run as comparing
+from parallax_gen.bench import compare as comparing
 from parallax_gen.bench.baselines import BASELINES, OURS
 from parallax_gen.bench.baselines.base import AttentionCall, Baseline, Step, gradient_of_output, leaves
 from parallax_gen.bench.compare import compare

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cli_samples import run, run_json
 
-from parallax_gen.bench import run as running
+from parallax_gen.bench import compare as comparing
 from parallax_gen.bench.baselines import BASELINES
 from parallax_gen.bench.cases import QUICK_SHAPES, bytes_needed, cases_of, quick_cases
 from parallax_gen.bench.results_csv import COLUMNS, ResultsCsv
@@ -82,7 +82,7 @@ class FakeTimer:
 def timer(monkeypatch: pytest.MonkeyPatch) -> FakeTimer:
     timer = FakeTimer()
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: H200)
-    monkeypatch.setattr(running, "compare", timer.compare)
+    monkeypatch.setattr(comparing, "compare", timer.compare)
     return timer
 
 

@@ -69,7 +69,7 @@ def test_completion_scripts_of_each_shell_call_this_program() -> None:
         (("explian",), "No such command explian. Did you mean explain?"),
         (("tunes",), "Did you mean tune?"),
         (("xyzzy",), "No such command xyzzy."),
-        (("bench", "--gird", "official"), "Did you mean --grid?"),
+        (("bench", "--gird", "parallax-kernel"), "Did you mean --grid?"),
         (("list", "--op", "decod"), "decod is not one of"),
     ],
 )

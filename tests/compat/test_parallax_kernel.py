@@ -11,7 +11,7 @@ from assertions import assert_close
 from drop_in_references import causal, check_gradients, expected_of_each, normal, packed
 from torch import Tensor
 
-from parallax_gen.compat.official import (
+from parallax_gen.compat.parallax_kernel import (
     GraphedDecode,
     parallax_attn_with_kvcache,
     parallax_bwd,
@@ -21,7 +21,7 @@ from parallax_gen.compat.official import (
     parallax_reference,
     parallax_varlen_func,
 )
-from parallax_gen.compat.official_triton import parallax_decode as triton_decode
+from parallax_gen.compat.parallax_kernel_triton import parallax_decode as triton_decode
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations.drop_in import parallax_kernel_training
 from parallax_gen.oracle.accuracy import gradient_term_sizes

@@ -10,7 +10,7 @@ import pytest
 
 # From the sources of parallax-kernel 0.1.1 and fla-core 0.6.0, without annotations.
 SIGNATURES = {
-    "official": {
+    "parallax_kernel": {
         "parallax_func": "(q, r, k, v, qk_scale=None, window_size_left=-1)",
         "parallax_varlen_func": "(q, r, k, v, qk_scale=None, window_size_left=-1, cu_seqlens=None)",
         "parallax_fwd": "(q, r, k, v, qk_scale, n_rep=1, window_size_left=-1)",
@@ -24,7 +24,7 @@ SIGNATURES = {
         "GraphedDecode.replay": "(self)",
         "GraphedDecode.__call__": "(self, *, q=None, r=None, k=None, v=None, cache_seqlens=None)",
     },
-    "official_triton": {
+    "parallax_kernel_triton": {
         "parallax_func": "(q, r, k, v, qk_scale=None, window_size_left=-1)",
         "parallax_varlen_func": "(q, r, k, v, qk_scale=None, window_size_left=-1, cu_seqlens=None)",
         "parallax_fwd": "(q, r, k, v, qk_scale, n_rep=1, window_size_left=-1)",
@@ -58,5 +58,5 @@ def test_signature(module: str, name: str) -> None:
 @pytest.mark.parametrize("module", SIGNATURES)
 def test_names(module: str) -> None:
     offered = {name for name in SIGNATURES[module] if "." not in name}
-    offered |= {"cute_decode_available"} if module == "official" else set()
+    offered |= {"cute_decode_available"} if module == "parallax_kernel" else set()
     assert set(import_module(f"parallax_gen.compat.{module}").__all__) == offered

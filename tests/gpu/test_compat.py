@@ -13,7 +13,7 @@ from assertions import assert_close
 from program_runner import PROGRAMS, run_program
 from torch import Tensor
 
-from parallax_gen.compat import fla, official, official_triton
+from parallax_gen.compat import fla, parallax_kernel, parallax_kernel_triton
 from parallax_gen.oracle.accuracy import errors, gradient_term_sizes, tolerance
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.oracle.reference import reference_backward, reference_forward, reference_varlen_forward
@@ -70,14 +70,14 @@ def test_parallax_kernel_training(seqlen_q: int, window: int) -> None:
     unseen = (0, 0, 0, 0, 0, 300 - seqlen_q)
     wanted_of_all = [*target[:2], *[torch.nn.functional.pad(x, unseen) for x in target[2:]]]
 
-    out = official.parallax_func(*[x.transpose(1, 2) for x in inputs], window_size_left=window)
+    out = parallax_kernel.parallax_func(*[x.transpose(1, 2) for x in inputs], window_size_left=window)
     assert out.is_contiguous()
     assert_close(out.transpose(1, 2), expected.out, "bf16")
     grads = torch.autograd.grad(out, inputs, do.transpose(1, 2))
     assert_gradients_close(grads, wanted_of_all, inputs, do)
 
     raw = folded(*inputs)
-    o, barv, d1, bart, m = official.parallax_fwd(*raw, 64**-0.5, 2, window)
+    o, barv, d1, bart, m = parallax_kernel.parallax_fwd(*raw, 64**-0.5, 2, window)
     assert_close(o, out.flatten(0, 1).double(), "bf16")
     assert_close(barv, expected.v_mean.transpose(1, 2).flatten(0, 1), "bf16")
     # Statistics are summed in fp32; fp16's tolerance allows for the error of their exponentials.
@@ -85,7 +85,7 @@ def test_parallax_kernel_training(seqlen_q: int, window: int) -> None:
     assert_close(bart, expected.t_mean.flatten(0, 1)[..., None], "fp16")
     largest = m - torch.rand_like(m)  # as parallax-kernel's forward returns it, in two tensors
     for factor, exponent in ((d1, m), ((m - largest).exp2(), largest)):
-        result = official.parallax_bwd(*raw, o, barv, factor, bart, exponent, folded(do)[0], 64**-0.5, 2, window)
+        result = parallax_kernel.parallax_bwd(*raw, o, barv, factor, bart, exponent, folded(do)[0], 64**-0.5, 2, window)
         assert_gradients_close(result, [folded(x)[0] for x in wanted_of_all], raw, folded(do)[0])
 
 
@@ -99,7 +99,7 @@ def test_packed_sequences(window: int | None, head_dim: int, dtype: torch.dtype)
     name = "fp16" if dtype == torch.float16 else "bf16"
     out = fla.parallel_parallax(*inputs, window_size=window, cu_seqlens=starts)
     assert_close(out, expected, name)
-    also = official.parallax_varlen_func(*inputs, window_size_left=window or -1, cu_seqlens=starts)
+    also = parallax_kernel.parallax_varlen_func(*inputs, window_size_left=window or -1, cu_seqlens=starts)
     assert torch.equal(also, out)
     assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(out.sum(), inputs))
 
@@ -117,7 +117,7 @@ def test_fla_decode(seqlen_q: int, window: int | None, head_dim: int) -> None:
         assert_close(result, expected, "bf16")
         if seqlen_q == 1:
             assert torch.equal(fla.parallax_decode_one_step(*inputs, None, window, cache_start), result)
-            triton_ones = official_triton.parallax_decode(
+            triton_ones = parallax_kernel_triton.parallax_decode(
                 *inputs, window_size_left=window or -1, cache_start=cache_start
             )
             assert torch.equal(triton_ones, result)
@@ -136,7 +136,7 @@ def test_capture_in_a_graph_of_the_caller(window: int) -> None:
     used, out = torch.full((3,), 1000, dtype=torch.int32, device=DEVICE), torch.empty_like(q)
 
     def step() -> None:
-        official.parallax_attn_with_kvcache(q, r, k, v, seqused_k=used, window_size=(window, 0), out=out)
+        parallax_kernel.parallax_attn_with_kvcache(q, r, k, v, seqused_k=used, window_size=(window, 0), out=out)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -156,8 +156,8 @@ def test_capture_in_a_graph_of_the_caller(window: int) -> None:
 
 def test_graphed_decodes_are_independent() -> None:
     inputs = cached()
-    steps = [official.GraphedDecode(3, 8, 1000, H_kv=2, device=DEVICE) for _ in range(2)]
-    steps.append(official.GraphedDecode(3, 8, kv_len=1000, H_kv=2, device=DEVICE))
+    steps = [parallax_kernel.GraphedDecode(3, 8, 1000, H_kv=2, device=DEVICE) for _ in range(2)]
+    steps.append(parallax_kernel.GraphedDecode(3, 8, kv_len=1000, H_kv=2, device=DEVICE))
     assert all(isinstance(step.graph, torch.cuda.CUDAGraph) for step in steps)
     for step in steps:
         for own, x in zip((step.q, step.r, step.k, step.v), inputs, strict=True):
@@ -191,7 +191,7 @@ def untuned() -> Iterator[None]:
 def parallax(untuned: None) -> Any:
     package = pytest.importorskip("parallax")
     if not hasattr(tl, "make_block_ptr"):
-        pytest.skip("the official kernels need block pointers, which this Triton has not")
+        pytest.skip("the kernels of parallax-kernel need block pointers, which this Triton has not")
     return package
 
 
@@ -215,7 +215,7 @@ def test_statistics_are_interchangeable_with_parallax_kernel(parallax: Any) -> N
     inputs = leaves(256, 256)
     raw, do = folded(*inputs), torch.randn(8, 256, 64, device=DEVICE).bfloat16()
     arguments = (64**-0.5, 2)
-    theirs, our = parallax.parallax_fwd(*raw, *arguments), official.parallax_fwd(*raw, *arguments)
+    theirs, our = parallax.parallax_fwd(*raw, *arguments), parallax_kernel.parallax_fwd(*raw, *arguments)
     for a, b in zip(theirs, our, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
     assert_close(our[0], theirs[0].double(), "bf16")
@@ -224,8 +224,8 @@ def test_statistics_are_interchangeable_with_parallax_kernel(parallax: Any) -> N
     assert_close(our[3], theirs[3].double(), "bf16")
     expected = parallax.parallax_bwd(*raw, *theirs, do, *arguments)
     for result in (
-        official.parallax_bwd(*raw, *our, do, *arguments),
-        official.parallax_bwd(*raw, *theirs, do, *arguments),
+        parallax_kernel.parallax_bwd(*raw, *our, do, *arguments),
+        parallax_kernel.parallax_bwd(*raw, *theirs, do, *arguments),
         parallax.parallax_bwd(*raw, *our, do, *arguments),
     ):
         assert [x.dtype for x in result] == [x.dtype for x in expected]
@@ -235,7 +235,7 @@ def test_statistics_are_interchangeable_with_parallax_kernel(parallax: Any) -> N
 def test_training_agrees_with_parallax_kernel(parallax: Any) -> None:
     for seqlen_q, seqlen_kv in ((300, 300), (130, 300), (300, 130)):
         inputs = [x.detach().transpose(1, 2) for x in leaves(seqlen_q, seqlen_kv)]
-        theirs, our = (package.parallax_func(*inputs) for package in (parallax, official))
+        theirs, our = (package.parallax_func(*inputs) for package in (parallax, parallax_kernel))
         assert theirs.stride() == our.stride()
         assert_close(our, theirs.double(), "bf16")
 
@@ -246,7 +246,9 @@ def test_decode_agrees_with_parallax_kernel(parallax: Any) -> None:
     inputs = cached()
     used = torch.tensor([1000, 1, 500], dtype=torch.int32, device=DEVICE)
     for options in ({}, {"window_size": (333, 0)}, {"window_size": 64, "seqused_k": used}, {"scale": 0.2}):
-        theirs, our = (package.parallax_attn_with_kvcache(*inputs, **options) for package in (parallax, official))
+        theirs, our = (
+            package.parallax_attn_with_kvcache(*inputs, **options) for package in (parallax, parallax_kernel)
+        )
         assert_close(our, theirs.double(), "bf16")
 
 

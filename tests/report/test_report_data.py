@@ -14,7 +14,7 @@ from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, SPEC, dkdv_record,
 
 from parallax_gen.bench import rows as rows_module
 from parallax_gen.bench.results_csv import ResultsCsv
-from parallax_gen.bench.rows import FULL_EFFORT, Conditions, Origin, Row, read_rows
+from parallax_gen.bench.rows import FULL_EFFORT, Conditions, Provenance, Row, read_rows
 from parallax_gen.bench.summary import means, times_ours
 from parallax_gen.errors import ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.shipped import Memory, write_shipped
@@ -251,6 +251,11 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
+def test_a_bench_file_may_have_the_earlier_name_of_a_baseline(tmp_path: Path) -> None:
+    (row,) = read_rows(write(tmp_path / "a.csv", ROW | {"contender": "official Triton"}))
+    assert row.baseline == "parallax-kernel Triton"
+
+
 def test_optional_and_extra_columns_of_a_bench_file(tmp_path: Path) -> None:
     peer = ROW | {
         "contender": "other",
@@ -262,8 +267,13 @@ def test_optional_and_extra_columns_of_a_bench_file(tmp_path: Path) -> None:
     }
     absent = ROW | {"contender": "absent", "time_us": "", "note": "not installed"}
     ours, other, nobody = read_rows(write(tmp_path / "a.csv", ROW, peer, absent))
-    assert (ours.origin.file, ours.origin.gpu, ours.spec, ours.shape) == ("a.csv", "", SPEC, Shape(2, 32, 8, 1, 4096))
-    assert (other.origin.gpu, other.error, other.peaked_error) == ("h200", 0.002, 0.02)
+    assert (ours.provenance.file, ours.provenance.gpu, ours.spec, ours.shape) == (
+        "a.csv",
+        "",
+        SPEC,
+        Shape(2, 32, 8, 1, 4096),
+    )
+    assert (other.provenance.gpu, other.error, other.peaked_error) == ("h200", 0.002, 0.02)
     assert (ours.error, ours.peaked_error) == (None, None)
     assert (nobody.time_us, nobody.error, nobody.note) == (None, None, "not installed")
 
@@ -288,7 +298,7 @@ def test_files_of_bench_are_read(tmp_path: Path) -> None:
             (r.baseline, r.op, r.part, r.spec, r.shape, r.time_us, r.note) for r in rows
         ]
         assert [t.lengths for t in result] == [(), (), (), (4096, 128)]
-        assert {t.origin.gpu for t in result} == {gpu}
+        assert {t.provenance.gpu for t in result} == {gpu}
 
 
 @pytest.mark.parametrize(
@@ -353,7 +363,7 @@ def test_a_line_with_too_few_cells_is_an_error(tmp_path: Path) -> None:
 
 def timing(baseline: str, time_us: float | None, file: str = "a.csv", gpu: str = "h200", **fields: Any) -> Row:
     values: dict[str, Any] = {"op": "decode", "part": "decode", "spec": SPEC, "shape": ONE}
-    return Row(baseline=baseline, time_us=time_us, origin=Origin(file, gpu), **(values | fields))
+    return Row(baseline=baseline, time_us=time_us, provenance=Provenance(file, gpu), **(values | fields))
 
 
 ONE, TWO, LONG = (
@@ -408,8 +418,8 @@ def test_only_rows_of_equal_conditions_are_compared_and_the_last_counts(tmp_path
         ROW | {"torch": "2.12", "contender": "other", "time_us": 20.0},
     ]
     timings = read_rows(write(tmp_path / "a.csv", *rows))
-    assert [timing.origin.conditions for timing in timings] == ["torch 2.11"] * 3 + ["torch 2.12"]
-    assert timings[0].origin.command == "parallax-gen bench"
+    assert [timing.provenance.conditions for timing in timings] == ["torch 2.11"] * 3 + ["torch 2.12"]
+    assert timings[0].provenance.command == "parallax-gen bench"
     assert [ratio for _, ratio in times_ours(timings)] == [1.5, None]
 
 
@@ -437,5 +447,5 @@ def test_parts_of_a_training_step_link_to_their_kernels(store: Store) -> None:
 def test_timings_of_other_cards_are_omitted_for_a_given_card(store: Store) -> None:
     write_shipped([dkdv_record(900.0)], "h200")
     timings = tuple(timing("other", 10.0, gpu=gpu) for gpu in ("h200", "h100", ""))
-    assert [t.origin.gpu for t, _ in report(store, "h200", timings=timings).ratios] == ["", "h200"]
-    assert [t.origin.gpu for t, _ in report(store, timings=timings).ratios] == ["", "h100", "h200"]
+    assert [t.provenance.gpu for t, _ in report(store, "h200", timings=timings).ratios] == ["", "h200"]
+    assert [t.provenance.gpu for t, _ in report(store, timings=timings).ratios] == ["", "h100", "h200"]

@@ -184,7 +184,7 @@ def test_json_has_the_data_of_the_figures(store: Store, tmp_path: Path) -> None:
     assert result["times_ours"][0]["mean"] == pytest.approx(1.48)
     assert [(row["contender"], row["error"], row["peaked_error"]) for row in result["largest_errors"]] == [
         ("parallax_gen", 2.2e-3, 1.6e-3),
-        ("official CuTeDSL", 2.3e-3, None),
+        ("parallax-kernel CuTeDSL", 2.3e-3, None),
     ]
     assert result["untuned"]
     assert not (tmp_path / "report.html").exists()

@@ -18,7 +18,7 @@ from parallax_gen import (
     parallax_attn_varlen_func,
     parallax_attn_with_kvcache,
 )
-from parallax_gen.compat import fla, official, official_triton
+from parallax_gen.compat import fla, parallax_kernel, parallax_kernel_triton
 from parallax_gen.distributed import ring_attn_func
 from parallax_gen.errors import ArgumentError
 from parallax_gen.nn import ParallaxAttention
@@ -167,9 +167,11 @@ LAST: dict[str, Callable[..., Tensor]] = {
     "fla parallel": fla.parallel_parallax,
     "fla naive": fla.naive_parallax,
     "fla decode": fla.parallax_decode,
-    "official": heads_first(official.parallax_func),
-    "official varlen": official.parallax_varlen_func,
-    "official decode, Triton": lambda q, r, k, v: official_triton.parallax_decode(q[:, -1:], r[:, -1:], k, v),
+    "parallax-kernel": heads_first(parallax_kernel.parallax_func),
+    "parallax-kernel varlen": parallax_kernel.parallax_varlen_func,
+    "parallax-kernel decode, Triton": lambda q, r, k, v: parallax_kernel_triton.parallax_decode(
+        q[:, -1:], r[:, -1:], k, v
+    ),
 }
 
 
@@ -177,7 +179,7 @@ LAST: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("name", LAST)
 def test_drop_ins_keep_dtypes_as_the_originals_do(name: str, dtype: torch.dtype) -> None:
     arguments = inputs(*[dtype] * 4)
-    if dtype == FP32 and name in ("fla parallel", "official", "official varlen"):
+    if dtype == FP32 and name in ("fla parallel", "parallax-kernel", "parallax-kernel varlen"):
         with torch.autocast("cpu", BF16), pytest.raises(TypeError, match="bf16 or fp16"):
             LAST[name](*arguments)
         return

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 from parallax_gen import parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
-from parallax_gen.compat.official_triton import parallax_fwd
+from parallax_gen.compat.parallax_kernel_triton import parallax_fwd
 from parallax_gen.distributed import ring_attn_func
 from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.sharded import DENSE, PACKED, _shardings

@@ -303,14 +303,14 @@ def without_derivatives() -> dict[str, Callable[[Tensor], object]]:
     q = normal(1, 1, 4, 64).half()
     folded, rows = q[0].transpose(0, 1), torch.ones(4, 1, 1)
     return {
-        "official kvcache": lambda x: parallax_kernel_decoding.parallax_attn_with_kvcache(x, q, q, q),
-        "official decode": lambda x: parallax_kernel_decoding.parallax_decode(x, q, q, q, 0.1),
-        "official graph": lambda x: GraphedDecode(1, 4, 8, 64, dtype=q.dtype, device="cpu")(q=x),
+        "parallax-kernel kvcache": lambda x: parallax_kernel_decoding.parallax_attn_with_kvcache(x, q, q, q),
+        "parallax-kernel decode": lambda x: parallax_kernel_decoding.parallax_decode(x, q, q, q, 0.1),
+        "parallax-kernel graph": lambda x: GraphedDecode(1, 4, 8, 64, dtype=q.dtype, device="cpu")(q=x),
         "fla decode": lambda x: fla.parallax_decode(x, q, q, q),
-        "official forward": lambda x: parallax_kernel_training.parallax_fwd(
+        "parallax-kernel forward": lambda x: parallax_kernel_training.parallax_fwd(
             x[0].transpose(0, 1), folded, folded, folded, 0.1
         )[0],
-        "official backward": lambda x: parallax_kernel_training.parallax_bwd(
+        "parallax-kernel backward": lambda x: parallax_kernel_training.parallax_bwd(
             folded, folded, folded, folded, folded, folded, rows, rows, rows, x[0].transpose(0, 1), 0.1
         )[0],
     }  # fmt: skip

@@ -152,14 +152,14 @@ def _helion_setting() -> str:
 
 BASELINES = (
     Baseline(
-        "official CuTeDSL",
+        "parallax-kernel CuTeDSL",
         decode=cutedsl_decode,
         packages=("parallax-kernel", "nvidia-cutlass-dsl"),
         release=_clear_input_cache,
     ),
-    Baseline("official Triton", triton_forward, triton_decode, triton_step, packages=("parallax-kernel",)),
+    Baseline("parallax-kernel Triton", triton_forward, triton_decode, triton_step, packages=("parallax-kernel",)),
     Baseline(
-        "official Helion",
+        "parallax-kernel Helion",
         helion_forward,
         helion_decode,
         helion_step,

@@ -1,6 +1,6 @@
 """`parallax` of parallax-kernel 0.1.1, on our kernels.
 
-    from parallax_gen.compat.official import GraphedDecode, parallax_attn_with_kvcache, parallax_func
+    from parallax_gen.compat.parallax_kernel import GraphedDecode, parallax_attn_with_kvcache, parallax_func
 
 Windows: `window_size_left=W` keeps W keys, [i - W + 1, i], as parallax-kernel's docstrings say; FlashAttention's (W, 0)
 keeps W + 1. parallax-kernel's training kernels are wrong for windows that are not a multiple of a square tile; ours are

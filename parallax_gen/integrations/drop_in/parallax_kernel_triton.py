@@ -1,8 +1,8 @@
 """`parallax.triton` of parallax-kernel 0.1.1, on our kernels: its training functions and its decode.
 
-    from parallax_gen.compat.official_triton import parallax_decode
+    from parallax_gen.compat.parallax_kernel_triton import parallax_decode
 
-Windows and scales as in `compat.official`.
+Windows and scales as in `compat.parallax_kernel`.
 """
 
 from __future__ import annotations
