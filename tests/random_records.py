@@ -62,7 +62,7 @@ def random_records(
 ) -> tuple[Place, list[Result]]:
     """A place, and up to `most` results at the place and at places near it."""
     spec = draw.choice(list(kernels))
-    seqlen_q = 1 if spec.family == "decode" and not spec.many_queries else 2 ** draw.randint(7, 12)
+    seqlen_q = 1 if spec.public_op == "decode" and not spec.multi_token else 2 ** draw.randint(7, 12)
     window = draw.choice((128, 1024)) if spec.window else 0
     bucket = Bucket(2 ** draw.randint(0, 8), seqlen_q, 2 ** draw.randint(7, 14), window)
     card = GPUS[draw.choice(("h200", "h200", "h100", "h100-pcie", "a100", "rtx4090"))]

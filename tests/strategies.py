@@ -198,7 +198,7 @@ GOLDEN = {
             window=True,
             varlen=True,
             leftpad=True,
-            many_queries=True,
+            multi_token=True,
         ),
         DecodeConfig(BLOCK_N=64, BLOCK_H=32, NUM_SPLITS=3, merge="last", num_warps=4, num_stages=2),
     ),
@@ -207,7 +207,7 @@ GOLDEN = {
         DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=4, merge="last", num_warps=2, num_stages=4),
     ),
     "decode_varlen_multi_token_queries_causal_paged": Kernel(
-        KernelSpec("decode_varlen", 128, "fp16", group=2, causal=True, many_queries=True, page_size=16, stats=True),
+        KernelSpec("decode_varlen", 128, "fp16", group=2, causal=True, multi_token=True, page_size=16, stats=True),
         DecodeConfig(BLOCK_N=32, BLOCK_H=16, NUM_SPLITS=8, merge="last", num_warps=4, num_stages=3),
     ),
     "decode_merge_chunked": Kernel(
@@ -260,8 +260,8 @@ def compatible_flags(op: str, flags: dict[str, bool]) -> dict[str, bool]:
     if "window" in flags:
         flags["window"] &= flags["causal"]
     if op == "decode_varlen":
-        flags["varlen"] &= flags["many_queries"]
-        flags["causal"] &= flags["many_queries"] or flags["window"]
+        flags["varlen"] &= flags["multi_token"]
+        flags["causal"] &= flags["multi_token"] or flags["window"]
     return flags
 
 
@@ -291,7 +291,7 @@ def shapes(draw: st.DrawFn, spec: KernelSpec, config: KernelConfig, most_program
     kv_heads = draw(st.integers(1, min(2, pairs // batch)))
     tiles = max(1, most_programs // (programs_per_pair * batch * kv_heads))
     if isinstance(config, DecodeConfig):
-        most_q = min(LONGEST, tiles * config.BLOCK_H // spec.group) if spec.many_queries else 1
+        most_q = min(LONGEST, tiles * config.BLOCK_H // spec.group) if spec.multi_token else 1
         seqlen_q = draw(st.integers(1, max(1, most_q)))
         window = draw(st.sampled_from(WINDOWS) | st.integers(1, LONGEST)) if spec.window else 0
         seqlen_kv = draw(_lengths(config.BLOCK_N, LONGEST))

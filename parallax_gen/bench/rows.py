@@ -16,7 +16,7 @@ from typing import Any
 from parallax_gen.describe import lengths_from_text, lengths_to_text
 from parallax_gen.errors import ArgumentError, ParallaxGenError, UnknownGpuError
 from parallax_gen.memory.bounds import NUMBERS, shown
-from parallax_gen.memory.old import spec_from_op
+from parallax_gen.memory.old import spec_of_record
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Shape, within_bounds
 from parallax_gen.problem.spec import KernelSpec
@@ -223,7 +223,7 @@ def row_from(texts: Mapping[str, str], location: str) -> Row:
         head_dim, flags = _int("head_dim", texts["head_dim"]), _parsed_fields(_SPEC_TYPES, texts)
         op = "forward" if texts["op"] == TRAINING else texts["op"]
         flags["window"] = shape.window > 0
-        spec = spec_from_op(op, flags.pop("ragged", False), head_dim=head_dim, group=shape.group, **flags)
+        spec = spec_of_record(op, flags.pop("ragged", False), head_dim=head_dim, group=shape.group, **flags)
         values = _from_stored(_parsed_fields(_ROW_TYPES, texts))
         values["baseline"] = _TODAYS_BASELINES.get(values["baseline"], values["baseline"])
         return Row(spec=spec, shape=shape, **values)

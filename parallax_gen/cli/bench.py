@@ -129,7 +129,8 @@ def bench(
     \b
     Baselines
       SDPA flash, SDPA cuDNN, flash-attn 2, flash-attn 3, flash-attn 4,
-      parallax-kernel CuTeDSL, parallax-kernel Triton, parallax-kernel Helion, fla, parallax_gen
+      parallax-kernel CuTeDSL, parallax-kernel Triton, parallax-kernel Helion,
+      fla, parallax_gen
 
     \b
     Example
@@ -141,7 +142,7 @@ def bench(
       parallax-gen bench --grid serving --ragged --page-size 0 --page-size 16
     """
     if lengths is not None:
-        ops, flags = ops or ("decode",), replace(flags, ragged=True)
+        ops, flags = ops or ("decode",), replace(flags, per_sequence_lengths=True)
         if host or ops != ("decode",):
             raise click.UsageError("--lengths needs --op decode, and no --host")
     ops = ("decode",) if host else ops or (tuple(BENCH_GRIDS[grid]) if grid else ("forward", "decode"))

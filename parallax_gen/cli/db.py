@@ -14,7 +14,7 @@ from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.describe import format_counts
 from parallax_gen.errors import StoreError
-from parallax_gen.problem.spec import FAMILIES
+from parallax_gen.problem.spec import PUBLIC_OPS
 
 if TYPE_CHECKING:
     from parallax_gen.memory.lines import ParsedRecords
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SHOWN_BAD_LINES = 5
 
 gpu_filter = click.option("--gpu", metavar="NAME", help="Only rows of this GPU, such as h100.")
-op_filter = click.option("--op", type=click.Choice(FAMILIES), help="Only rows of this op.")
+op_filter = click.option("--op", type=click.Choice(PUBLIC_OPS), help="Only rows of this op.")
 
 
 @click.group()
@@ -166,7 +166,7 @@ def _selected(results: list[Result], gpu: str | None, op: str | None) -> list[Re
     from parallax_gen.memory.descriptions import name_in_records
 
     name = None if gpu is None else name_in_records(gpu, results)
-    return [r for r in results if name in (None, r.place.gpu) and op in (None, r.place.spec.family)]
+    return [r for r in results if name in (None, r.place.gpu) and op in (None, r.place.spec.public_op)]
 
 
 @db.command("import")

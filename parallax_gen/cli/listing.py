@@ -12,7 +12,7 @@ import click
 from parallax_gen.cli.options import complete_gpu, json_option
 from parallax_gen.cli.text import print_json, print_table
 from parallax_gen.describe import LEGEND, brief, gain_text, number, seqlen_text
-from parallax_gen.problem.spec import FAMILIES
+from parallax_gen.problem.spec import PUBLIC_OPS
 from parallax_gen.problem.work import rate, rate_unit
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command("list")
 @click.option("--gpu", metavar="NAME", shell_complete=complete_gpu, help="Such as h100 or h200. Default: all.")
-@click.option("--op", type=click.Choice(FAMILIES), help="Default: all.")
+@click.option("--op", type=click.Choice(PUBLIC_OPS), help="Default: all.")
 @click.option("--all", "every", is_flag=True, help="List every config that was tried, not only those that calls get.")
 @json_option
 def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> None:
@@ -47,7 +47,7 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
         name = name_in_records(gpu, results)
         results = [r for r in results if r.place.gpu == name]
     if op is not None:
-        results = [r for r in results if r.place.spec.family == op]
+        results = [r for r in results if r.place.spec.public_op == op]
     rows = results_of_places(results) if every else choices_of_places(results, table)
     origins = Origins(memory)
     if as_json:
@@ -66,7 +66,7 @@ def _print(rows: Iterable[ListRow], origins: Origins) -> None:
     for (gpu, spec), group in groupby(rows, key=lambda row: (row.place.gpu, row.place.spec)):
         kernel_rows = list(group)
         click.echo(f"{gpu}: {spec}")
-        numbers = ("rows", "seqlen", "us", rate_unit(spec.family), "gain")
+        numbers = ("rows", "seqlen", "us", rate_unit(spec.public_op), "gain")
         columns = (*numbers, "config", "status", "evidence")
         print_table(columns, [_row(row, origins) for row in kernel_rows], right=numbers)
         click.echo()

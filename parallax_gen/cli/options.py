@@ -15,7 +15,7 @@ from parallax_gen.errors import ArgumentError, UnknownGpuError
 from parallax_gen.memory.place import Place
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FAMILIES, LARGEST_HEAD_DIM, KernelSpec
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, LARGEST_HEAD_DIM, PUBLIC_OPS, KernelSpec
 from parallax_gen.problem.workloads import (
     NO_FLAGS,
     OPS_AND_TRAINING,
@@ -128,7 +128,8 @@ def shape_option(
 
 
 # Flag -> its options, for messages. Whether queries are multi-token comes from the shape.
-_OPTIONS = {name: "--causal or --full" if name == "causal" else f"--{name}" for name in OPS_WITH_FLAG}
+_OPTIONS = {name: f"--{name}" for name in OPS_WITH_FLAG}
+_OPTIONS |= {"causal": "--causal or --full", "per_sequence_lengths": "--ragged"}
 
 
 def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Command:
@@ -153,7 +154,9 @@ def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Com
         ),
         click.option("--varlen", is_flag=True, help="Packed sequences, one per batch entry, of the shape's lengths."),
         click.option("--stats", is_flag=True, help="Forward and decode: also return lse, t_mean and v_mean."),
-        click.option("--ragged", is_flag=True, help="Decode only: every sequence has its own length."),
+        click.option(
+            "--ragged", "per_sequence_lengths", is_flag=True, help="Decode only: every sequence has its own length."
+        ),
         click.option("--leftpad", is_flag=True, help="Decode only: left padding, each sequence has its own first key."),
         click.option(
             *names,
@@ -186,11 +189,11 @@ def kernel_options(command: Command) -> Command:
     @functools.wraps(command)
     def collect(**options_by_name: Any) -> Any:
         requested = KernelArgs(**{name: options_by_name.pop(name) for name in ("op", "head_dim", "dtype", "flags")})
-        check_flags(requested.flags, (requested.op,), FAMILIES)
+        check_flags(requested.flags, (requested.op,), PUBLIC_OPS)
         return command(requested=requested, **options_by_name)
 
     options = (
-        click.option("--op", type=click.Choice(FAMILIES), required=True),
+        click.option("--op", type=click.Choice(PUBLIC_OPS), required=True),
         click.option("--head-dim", type=parse_head_dim, default=USUAL_HEAD_DIM, metavar="N", show_default=True),
         click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True),
     )

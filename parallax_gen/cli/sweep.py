@@ -11,7 +11,7 @@ import click
 from parallax_gen.cli.text import print_table
 from parallax_gen.describe import number, seqlen_text
 from parallax_gen.errors import StoreError
-from parallax_gen.problem.spec import FAMILIES
+from parallax_gen.problem.spec import PUBLIC_OPS
 
 if TYPE_CHECKING:
     from parallax_gen.memory.place import Place
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--gpu", metavar="NAME", help="Such as h100 or h200. Default: all.")
-@click.option("--op", type=click.Choice(FAMILIES), help="Default: all.")
+@click.option("--op", type=click.Choice(PUBLIC_OPS), help="Default: all.")
 @click.option(
     "--partial",
     type=click.IntRange(min=1),
@@ -75,7 +75,7 @@ def file_name(place: Place, toolchain: Toolchain) -> str:
     """Such as h200-forward-128-64x4096-1a2b3c4d: GPU, op, head_dim, bucket, and a hash of everything else."""
     sizes = f"{place.bucket.kv_rows}x{seqlen_text(place.bucket).replace(' ', '-')}"
     digest = hashlib.sha256(f"{place.text} {toolchain.triton} {toolchain.cuda}".encode()).hexdigest()[:8]
-    return f"{place.gpu}-{place.spec.family}-{place.spec.head_dim}-{sizes}-{digest}"
+    return f"{place.gpu}-{place.spec.public_op}-{place.spec.head_dim}-{sizes}-{digest}"
 
 
 def _print(written: list[tuple[Path, Sweep]]) -> None:

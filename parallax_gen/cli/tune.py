@@ -169,9 +169,9 @@ def tune(
 def _matches_filters(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
     """Whether a place matches the given filters; an empty filter matches everything."""
     spec = place.spec
-    in_step = spec.family in STEP and (spec.stats or spec.family != "forward")
+    in_step = spec.public_op in STEP and (spec.stats or spec.public_op != "forward")
     return (
-        (not ops or spec.family in ops or (TRAINING in ops and in_step))
+        (not ops or spec.public_op in ops or (TRAINING in ops and in_step))
         and (not head_dims or spec.head_dim in head_dims)
         and (not dtypes or spec.dtype in dtypes)
     )

@@ -104,7 +104,7 @@ def _wrapped(text: str) -> str:
 
 
 def _name(spec: KernelSpec) -> str:
-    words = [spec.family, f"d{spec.head_dim}", spec.dtype, f"g{spec.group}"]
+    words = [spec.public_op, f"d{spec.head_dim}", spec.dtype, f"g{spec.group}"]
     words += [name for name, value in spec.flat().items() if value is True]
     words += [f"p{spec.page_size}"] * (spec.page_size > 0)
     words += [spec.cache_dtype] * (spec.cache_dtype != "")

@@ -28,7 +28,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative
-from parallax_gen.problem.spec import FAMILIES
+from parallax_gen.problem.spec import PUBLIC_OPS
 from parallax_gen.problem.work import rate, rate_unit
 
 ANOTHER_KERNEL = "another kernel than today's"
@@ -203,7 +203,7 @@ def by_kernel(results: list[Result]) -> list[dict[str, Any]]:
     """Row counts of each GPU and op, by outcome."""
     outcomes: dict[tuple[str, str], Counter[Outcome]] = {}
     for result in results:
-        outcomes.setdefault((result.place.gpu, result.place.spec.family), Counter())[result.outcome] += 1
+        outcomes.setdefault((result.place.gpu, result.place.spec.public_op), Counter())[result.outcome] += 1
     return [
         {"gpu": gpu, "op": op, "rows": kinds.total(), "outcomes": dict(kinds)} for (gpu, op), kinds in outcomes.items()
     ]
@@ -219,7 +219,7 @@ def by_toolchain(results: list[Result]) -> list[dict[str, Any]]:
             "triton": toolchain.triton,
             "cuda": toolchain.cuda,
             "protocol": protocol,
-            "ops": sorted({row.place.spec.family for row in rows}, key=FAMILIES.index),
+            "ops": sorted({row.place.spec.public_op for row in rows}, key=PUBLIC_OPS.index),
             "rows": len(rows),
             "of_todays_kernels": sum(is_rendered(row, card_of(row.place)) for row in rows),
             "newest": max(rows, key=lambda row: row.created).created_at,

@@ -9,31 +9,38 @@ from typing import Any
 from parallax_gen.errors import ArgumentError, ConfigError
 from parallax_gen.memory.bounds import check_flat, shown
 from parallax_gen.ops.base import KernelConfig, config_from_dict
-from parallax_gen.problem.spec import ADDED_FIELDS, FAMILIES, OPS, KernelSpec, family_of
+from parallax_gen.problem.spec import ADDED_FIELDS, NAMES_IN_RECORDS, OPS, PUBLIC_OPS, KernelSpec, public_op_of
 
-# (a record's name of the op, its flag `ragged`) -> op.
-OPS_OF_RECORDS = {(family_of(op), op not in FAMILIES): op for op in OPS}
+# The names of KernelSpec that differ in records: `ragged` with decode means decode_varlen, `many_queries` multi_token.
+
+# (the public op, the flag `ragged`) -> op.
+OPS_OF_RECORDS = {(public_op_of(op), op not in PUBLIC_OPS): op for op in OPS}
 
 MAX_READ = {"group": 2**16, "page_size": 2**31}  # records may come from untrusted files
 
+_FIELD_OF = {stored: field for field, stored in NAMES_IN_RECORDS.items()}
 _FIELDS = set(KernelSpec("forward", 128, "bf16").flat())
 
 
-def op_of_record(family: object, ragged: object) -> str:
-    """The op that a record's name and its flag `ragged` mean. Raises ArgumentError."""
+def op_of_record(name: object, ragged: object) -> str:
+    """The op that a record's name of it and the flag `ragged` mean. Raises ArgumentError."""
     if type(ragged) is not bool:
         raise ArgumentError("ragged", shown(ragged), "True or False")
-    if family not in FAMILIES or not isinstance(family, str):
-        raise ArgumentError("op", shown(family), ", ".join(FAMILIES))
-    if (family, ragged) not in OPS_OF_RECORDS:
+    if name not in PUBLIC_OPS or not isinstance(name, str):
+        raise ArgumentError("op", shown(name), ", ".join(PUBLIC_OPS))
+    if (name, ragged) not in OPS_OF_RECORDS:
         allowed = " or ".join(op for op, with_lengths in OPS_OF_RECORDS if with_lengths)
-        raise ArgumentError("ragged", f"True with op {family!r}", f"True only with op {allowed}")
-    return OPS_OF_RECORDS[family, ragged]
+        raise ArgumentError("ragged", f"True with op {name!r}", f"True only with op {allowed}")
+    return OPS_OF_RECORDS[name, ragged]
 
 
-def spec_from_op(family: object, ragged: object, **fields: Any) -> KernelSpec:
-    """The spec with the op of a record. fields: the other fields of KernelSpec. Raises ArgumentError."""
-    return KernelSpec(op_of_record(family, ragged), **fields)
+def spec_of_record(name: object, ragged: object, **fields: Any) -> KernelSpec:
+    """The spec in a record. name: of the op. fields: the others, by their names in records. Raises ArgumentError."""
+    op = op_of_record(name, ragged)
+    try:
+        return KernelSpec(op, **{_FIELD_OF.get(stored, stored): value for stored, value in fields.items()})
+    except ArgumentError as error:
+        raise ArgumentError(NAMES_IN_RECORDS.get(error.argument, error.argument), error.got, error.allowed) from error
 
 
 def spec_from(data: Mapping[str, Any]) -> KernelSpec:
@@ -41,7 +48,7 @@ def spec_from(data: Mapping[str, Any]) -> KernelSpec:
     if not _FIELDS - set(ADDED_FIELDS) <= set(data) <= _FIELDS:
         raise ArgumentError("spec", sorted(data), f"the fields {sorted(_FIELDS)}")
     fields = {name: value for name, value in data.items() if name not in ("op", "ragged")}
-    spec = spec_from_op(data["op"], data["ragged"], **fields)
+    spec = spec_of_record(data["op"], data["ragged"], **fields)
     for name, largest in MAX_READ.items():
         if getattr(spec, name) > largest:
             raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")

@@ -186,7 +186,7 @@ class Result:
             check_text(name, text)
         check_int("protocol", evidence.protocol)
         if type(self.config) is not op_of(self.place.spec).config:
-            raise ArgumentError("config", self.config, f"a config of op {self.place.spec.family!r}")
+            raise ArgumentError("config", self.config, f"a config of op {self.place.spec.public_op!r}")
         try:
             object.__setattr__(self, "outcome", Outcome(self.outcome))
         except ValueError as error:

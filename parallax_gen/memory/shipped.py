@@ -96,7 +96,7 @@ class Memory:
         own = self.query_store(lambda store: store.all(gpu, op))
         gpus = shipped_gpus(self.folder) if gpu is None else [gpu]
         shipped = (r for name in gpus for r in load_shipped(name, self.folder))
-        return _merge(own, (r for r in shipped if op is None or r.place.spec.family == op))
+        return _merge(own, (r for r in shipped if op is None or r.place.spec.public_op == op))
 
     def query_store(self, query: Callable[[Store], list[Result]]) -> list[Result]:
         """The answer of the user's database to a query; an empty list without a database."""

@@ -213,7 +213,7 @@ class Store:
         The key of an old row was the JSON of its place and then of its environment.
         """
         prefix = json.dumps(place.flat()).removesuffix("}") + ', "environment.'
-        kernels, keys = (place.gpu, place.spec.family), (prefix, f"{prefix}~")
+        kernels, keys = (place.gpu, place.spec.public_op), (prefix, f"{prefix}~")
         if not list(self._db.execute("SELECT 1 FROM results WHERE gpu = ? AND op = ? LIMIT 1", kernels)):
             return []
         # This scans in file order, which is faster than the index if most rows are of one op.
@@ -361,7 +361,7 @@ def _to_row(result: Result) -> dict[str, object]:
     return {
         **_identity(result),
         "gpu": result.place.gpu,
-        "op": result.place.spec.family,
+        "op": result.place.spec.public_op,
         "text": result.evidence.text,
         "shape_json": data["shape"] and json.dumps(data["shape"]),
         **{name: data[name] for name in _PLAIN},
@@ -376,7 +376,7 @@ def _from_row(row: Mapping[str, Any]) -> Result:
         text = row[f"{name}_json"]
         data[name] = None if text is None else json.loads(_text(f"{name}_json", text))
     result = Result.from_dict(data)
-    if (result.place.gpu, result.place.spec.family) != (row["gpu"], row["op"]):
+    if (result.place.gpu, result.place.spec.public_op) != (row["gpu"], row["op"]):
         raise ArgumentError("gpu and op", (row["gpu"], row["op"]), "those of the place")
     return result
 

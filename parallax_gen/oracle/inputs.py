@@ -35,8 +35,8 @@ def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str, kin
     """
     if shape.group != spec.group:
         raise ArgumentError("shape", f"{shape.group} query heads per kv head", f"{spec.group}, as the spec has")
-    if op_of(spec).kind is OpKind.CACHE and shape.seqlen_q != 1 and not spec.many_queries:
-        raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode without many_queries")
+    if op_of(spec).kind is OpKind.CACHE and shape.seqlen_q != 1 and not spec.multi_token:
+        raise ArgumentError("shape", f"seqlen_q {shape.seqlen_q}", "seqlen_q 1 for decode without multi_token")
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(seqlen: int, heads: int) -> Tensor:

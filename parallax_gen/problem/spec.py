@@ -8,15 +8,17 @@ from typing import Any
 from parallax_gen.errors import ArgumentError
 
 OPS = ("forward", "preprocess", "dkdv", "dqdr", "decode", "decode_varlen")
-# op -> its family: the name by which users and records know it, if that differs.
-_FAMILY_OF = {"decode_varlen": "decode"}
-FAMILIES = tuple(op for op in OPS if op not in _FAMILY_OF)
+# op -> its public name, in records, commands and messages, if that differs.
+_PUBLIC_OP_OF = {"decode_varlen": "decode"}
+PUBLIC_OPS = tuple(op for op in OPS if op not in _PUBLIC_OP_OF)
 DTYPES = ("bf16", "fp16", "fp32", "tf32")
 LARGEST_HEAD_DIM = 256
 CACHE_DTYPES = ("", "e4m3", "e5m2")
 
 BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 
+# Field -> its name in records, result CSVs and kernels' names, if that differs. `memory/old.py` reads these.
+NAMES_IN_RECORDS = {"multi_token": "many_queries"}
 # Fields that were added after the first records: a record without such a field means its default.
 ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype", "softcap")
 
@@ -32,22 +34,25 @@ FLAGS = {
     "window": ("forward", "dkdv", "dqdr", *PER_SEQUENCE_LENGTH_OPS),
     "varlen": ("forward", "preprocess", "dkdv", "dqdr", *PER_SEQUENCE_LENGTH_OPS),
     "leftpad": PER_SEQUENCE_LENGTH_OPS,
-    "many_queries": PER_SEQUENCE_LENGTH_OPS,
+    "multi_token": PER_SEQUENCE_LENGTH_OPS,
     "softcap": ("forward", "dkdv", "dqdr", "decode", *PER_SEQUENCE_LENGTH_OPS),
 }
 
 
-def family_of(op: str) -> str:
-    """The name of an op for users and in records.
+def public_op_of(op: str) -> str:
+    """The name of an op in records, commands and messages.
 
     Both decode ops are "decode"; decode_varlen is the one with the flag `ragged` in records and `--ragged` in commands.
     """
-    return _FAMILY_OF.get(op, op)
+    return _PUBLIC_OP_OF.get(op, op)
+
+
+family_of = public_op_of  # its name in ops/
 
 
 def name_in_errors(op: str) -> str:
     """The name of an op in error messages."""
-    return op if op in FAMILIES else f"{family_of(op)} with {PER_SEQUENCE_LENGTHS_TEXT}"
+    return op if op in PUBLIC_OPS else f"{public_op_of(op)} with {PER_SEQUENCE_LENGTHS_TEXT}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class KernelSpec:
     op        "forward": seqlen_q queries per sequence. Its backward is three kernels: "preprocess" (statistics of each
               query row that dkdv and dqdr need), "dkdv" and "dqdr". "decode": one query per sequence against a KV
               cache, in which all sequences have the same length. "decode_varlen": each sequence has its own length,
-              read on the device from cache_seqlens, and one query unless many_queries is set.
+              read on the device from cache_seqlens, and one query unless multi_token is set.
     head_dim  width of q, r, k and v: any multiple of 8 up to 256.
     dtype     of inputs and outputs: "bf16", "fp16" or "fp32"; "tf32" is fp32 whose matmuls round to tf32. Sums are
               always fp32.
@@ -71,11 +76,11 @@ class KernelSpec:
 
     Only decode_varlen:
 
-    page_size     keys per page of a cache that a page table orders; 0 for a cache without pages.
-    leftpad       cache_leftpad has the position of each sequence's first key.
-    many_queries  multi-token queries: a sequence has any number of queries, and its last query is at its last key.
-                  Otherwise each sequence has one query, for which causal matters only with a window.
-    cache_dtype   "e4m3" or "e5m2" for 8-bit keys and values; "" for keys and values of dtype.
+    page_size    keys per page of a cache that a page table orders; 0 for a cache without pages.
+    leftpad      cache_leftpad has the position of each sequence's first key.
+    multi_token  multi-token queries: a sequence has any number of queries, and its last query is at its last key.
+                 Otherwise each sequence has one query, for which causal matters only with a window.
+    cache_dtype  "e4m3" or "e5m2" for 8-bit keys and values; "" for keys and values of dtype.
 
     Raises ArgumentError on any other value.
     """
@@ -90,7 +95,7 @@ class KernelSpec:
     varlen: bool = False
     page_size: int = 0
     leftpad: bool = False
-    many_queries: bool = False
+    multi_token: bool = False
     cache_dtype: str = ""
     softcap: bool = False
 
@@ -121,19 +126,26 @@ class KernelSpec:
             raise ArgumentError("page_size", self.page_size, f"0, except for decode with {PER_SEQUENCE_LENGTHS_TEXT}")
         if self.window and not self.causal:
             raise ArgumentError("window", "True without causal", "True only with causal=True")
-        if per_sequence_lengths and self.varlen and not self.many_queries:
+        if per_sequence_lengths and self.varlen and not self.multi_token:
             raise ArgumentError(
-                "varlen", f"True with op {name_in_errors(self.op)!r}", "True only with many_queries=True"
+                "varlen", f"True with op {name_in_errors(self.op)!r}", f"True only with {MULTI_TOKEN_TEXT}"
             )
-        if per_sequence_lengths and self.causal and not (self.window or self.many_queries):
+        if per_sequence_lengths and self.causal and not (self.window or self.multi_token):
             raise ArgumentError(
-                "causal", "True with one query per sequence", "False, except with window or many_queries"
+                "causal", "True with one query per sequence", f"False, except with window or {MULTI_TOKEN_TEXT}"
             )
 
     @property
-    def family(self) -> str:
-        """The name of its op for users and in records."""
-        return family_of(self.op)
+    def public_op(self) -> str:
+        """The name of its op in records, commands and messages."""
+        return public_op_of(self.op)
+
+    family = public_op  # its name in ops/
+
+    @property
+    def many_queries(self) -> bool:
+        """The name of `multi_token` in ops/ and templates/."""
+        return self.multi_token
 
     @property
     def bytes_per_element(self) -> int:
@@ -153,8 +165,9 @@ class KernelSpec:
         return replace(self, op=op, stats=op == "forward")
 
     def flat(self) -> dict[str, Any]:
-        """All fields, with the names and the order of records: the op's family, and the flag `ragged`."""
-        values = vars(self) | {"op": self.family}
+        """All fields, with the names and the order of records: the public op, and the flag `ragged`."""
+        values = {NAMES_IN_RECORDS.get(name, name): value for name, value in vars(self).items()}
+        values["op"] = self.public_op
         first = ("op", "head_dim", "dtype", "group", "causal", "stats")
         return {name: values[name] for name in first} | {"ragged": self.op in PER_SEQUENCE_LENGTH_OPS} | values
 
@@ -164,15 +177,15 @@ class KernelSpec:
 
     def __str__(self) -> str:
         flat = self.flat()
-        parts = [self.family, f"head_dim {self.head_dim}", self.dtype]
+        parts = [self.public_op, f"head_dim {self.head_dim}", self.dtype]
         if self.op not in QUERY_ROW_OPS:
             parts.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
         # A single query sees all keys of its window.
-        if self.op in FLAGS["causal"] and (self.op not in PER_SEQUENCE_LENGTH_OPS or self.many_queries or self.window):
+        if self.op in FLAGS["causal"] and (self.op not in PER_SEQUENCE_LENGTH_OPS or self.multi_token or self.window):
             parts.append("window" if self.window else "causal" if self.causal else "full")
         parts += [name for name in ("varlen", "stats") if flat[name]]
         parts += [PER_SEQUENCE_LENGTHS_TEXT] * flat["ragged"] + ["leftpad"] * self.leftpad
-        parts += [MULTI_TOKEN_TEXT] * self.many_queries
+        parts += [MULTI_TOKEN_TEXT] * self.multi_token
         parts += [f"pages of {self.page_size}"] * (self.page_size > 0)
         parts += [f"{self.cache_dtype} cache"] * (self.cache_dtype != "")
         parts += ["softcap"] * self.softcap

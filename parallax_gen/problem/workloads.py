@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import FAMILIES, FLAGS, KernelSpec, family_of
+from parallax_gen.problem.spec import FLAGS, PUBLIC_OPS, KernelSpec, public_op_of
 
 # The kernels of a training step, in the order in which they run. TRAINING names all of them together.
 STEP = ("forward", "preprocess", "dkdv", "dqdr")
 TRAINING = "training"
-OPS_AND_TRAINING = (*FAMILIES, TRAINING)
+OPS_AND_TRAINING = (*PUBLIC_OPS, TRAINING)
 
 USUAL_HEAD_DIM = 128
 
@@ -75,14 +75,15 @@ class Flags:
     causal     None, the default, means causal
     window     how many keys a query sees; None, the default, means the shape's own window
     page_size  keys per page of decode's cache; 0 for none
-    ragged     decode with per-sequence lengths. Implied by the flags that only such decode has, by several queries per
-               sequence, and by varlen
     others     as in KernelSpec
+
+    per_sequence_lengths  for decode, `--ragged` in commands. Implied by the flags that only such decode has, by several
+                          queries per sequence, and by varlen
     """
 
     causal: bool | None = None
     stats: bool = False
-    ragged: bool = False
+    per_sequence_lengths: bool = False
     window: int | None = None
     varlen: bool = False
     page_size: int = 0
@@ -102,9 +103,9 @@ NO_FLAGS = Flags()
 
 # Boolean flag -> the ops that have it, under their names for users.
 OPS_WITH_FLAG = {
-    f.name: {family_of(op) for op in FLAGS.get(f.name, ("decode_varlen",))}
+    f.name: {public_op_of(op) for op in FLAGS.get(f.name, ("decode_varlen",))}
     for f in fields(Flags)
-    if f.name in FLAGS or f.name == "ragged"
+    if f.name in FLAGS or f.name == "per_sequence_lengths"
 }
 
 
@@ -139,8 +140,10 @@ def spec_for(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> 
     if op == "decode":
         multi_token = shape.seqlen_q > 1 or flags.varlen
         fields_of_op["causal"] = requested["window"] or (multi_token and requested["causal"])
-        fields_of_op.update(many_queries=multi_token, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
-        if flags.ragged or any(value for name, value in fields_of_op.items() if "decode" not in FLAGS.get(name, ())):
+        fields_of_op.update(multi_token=multi_token, page_size=flags.page_size, cache_dtype=flags.cache_dtype)
+        if flags.per_sequence_lengths or any(
+            value for name, value in fields_of_op.items() if "decode" not in FLAGS.get(name, ())
+        ):
             op = "decode_varlen"
     return KernelSpec(op, head_dim, dtype, shape.group, **fields_of_op)
 

@@ -117,7 +117,7 @@ def rooflines(entries: Iterable[Entry]) -> list[Roofline]:
             x=x,
             y=y,
             roofs=tuple(_roof(gpu, dtype, peak, x, y) for dtype, peak in peaks[gpu].items()),
-            points=tuple(Point(x(i), y(r), _tip(entry), entry.place.spec.family) for entry, i, r in achieved),
+            points=tuple(Point(x(i), y(r), _tip(entry), entry.place.spec.public_op) for entry, i, r in achieved),
         )
         for gpu, achieved in by_gpu.items()
     ]
@@ -144,7 +144,7 @@ def _tip(entry: Entry) -> str:
     """The tooltip of an entry's point."""
     assert entry.best is not None
     assert entry.best.time_us is not None
-    op = entry.place.spec.family
+    op = entry.place.spec.public_op
     lines = [f"{entry.place.gpu}: {entry.place.spec}", str(entry.place.bucket)]
     lines.append(f"{number(entry.best.time_us)} µs, {number(entry.rate or 0)} {rate_unit(op)}")
     lines += [f"{entry.fraction_of_bound:.0%} of the bound"] if entry.fraction_of_bound is not None else []

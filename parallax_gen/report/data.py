@@ -120,7 +120,7 @@ class Report:
         """By op and GPU: how many buckets are in each state, and the median fraction of the bound of measured ones."""
         by_op: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
         for place, entry in self.by_place.items():
-            states, fractions = by_op.setdefault(place.spec.family, {}).setdefault(place.gpu, (Counter(), []))
+            states, fractions = by_op.setdefault(place.spec.public_op, {}).setdefault(place.gpu, (Counter(), []))
             states[entry.state if entry else "untuned"] += 1
             if entry is not None and entry.fraction_of_bound is not None:
                 fractions.append(entry.fraction_of_bound)

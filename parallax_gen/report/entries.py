@@ -16,7 +16,7 @@ from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.spec import FAMILIES, KernelSpec
+from parallax_gen.problem.spec import PUBLIC_OPS, KernelSpec
 from parallax_gen.problem.work import bound_us, rate
 from parallax_gen.tuning.job import worklist
 
@@ -167,7 +167,7 @@ def _informativeness(entry: Entry) -> tuple[int, str]:
 def _order(place: Place) -> tuple[object, ...]:
     spec, bucket = place.spec, place.bucket
     return (
-        FAMILIES.index(spec.family),
+        PUBLIC_OPS.index(spec.public_op),
         place.gpu,
         *order_of(spec),
         bucket.kv_rows,

@@ -57,7 +57,7 @@ def coverage(by_place: Mapping[Place, Entry | None]) -> dict[str, dict[str, list
     by_kernel: dict[tuple[str, str, KernelSpec], dict[tuple[int, LengthsAndWindow], Cell]] = {}
     for place, entry in by_place.items():
         spec, bucket = place.spec, place.bucket
-        cells = by_kernel.setdefault((spec.family, place.gpu, spec), {})
+        cells = by_kernel.setdefault((spec.public_op, place.gpu, spec), {})
         cells[bucket.kv_rows, _lengths_and_window(bucket)] = _coverage_cell(place, entry)
     matrices: dict[str, dict[str, list[Matrix]]] = {}
     for (op, gpu, spec), cells in by_kernel.items():

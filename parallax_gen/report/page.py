@@ -21,7 +21,7 @@ from parallax_gen.bench.summary import error_text
 from parallax_gen.describe import LEGEND, brief, gain_text, number, seqlen_text
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.toolchain import triton_version
-from parallax_gen.problem.spec import FAMILIES
+from parallax_gen.problem.spec import PUBLIC_OPS
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.report.charts import DECADES, history, rooflines
 from parallax_gen.report.data import Report
@@ -54,7 +54,7 @@ def html(report: Report, command: str) -> str:
             script=script,
             style_hash=_hash(style),
             script_hash=_hash(script),
-            ops=[op for op in FAMILIES if op in summary],
+            ops=[op for op in PUBLIC_OPS if op in summary],
             summary=summary,
             states_in_order=STATES,
             states_found={entry.state if entry else "untuned" for entry in report.by_place.values()},

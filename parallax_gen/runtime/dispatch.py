@@ -252,14 +252,14 @@ def tune_command(place: Place) -> str:
     """The `parallax-gen tune` command that tunes a place, on the card it is run on."""
     spec, shape = place.spec, representative(place.bucket, place.spec.group)
     heads = f"{shape.heads}" if spec.group == 1 else f"{shape.heads}/{shape.kv_heads}"
-    one_length = shape.seqlen_q == (1 if spec.family == "decode" else shape.seqlen_kv)
+    one_length = shape.seqlen_q == (1 if spec.public_op == "decode" else shape.seqlen_kv)
     lengths = f"{shape.seqlen_kv}" if one_length else f"{shape.seqlen_q}x{shape.seqlen_kv}"
-    command = ["parallax-gen", "tune", "--op", spec.family]
+    command = ["parallax-gen", "tune", "--op", spec.public_op]
     command += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
     if spec.window:  # a window over all keys would count as none; one key less rounds to the same bucket
         command += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
     elif not spec.causal and (
-        spec.many_queries or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTH_OPS)
+        spec.multi_token or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTH_OPS)
     ):
         command.append("--full")
     command += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad", "softcap") if spec.flat()[name]]

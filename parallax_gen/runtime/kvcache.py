@@ -348,7 +348,7 @@ def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
         varlen=packed,
         page_size=page_size,
         leftpad=request.cache_leftpad is not None,
-        many_queries=multi_token,
+        multi_token=multi_token,
         cache_dtype=CACHE_DTYPE_NAMES.get(k.dtype, ""),
         softcap=request.softcap is not None,
     )

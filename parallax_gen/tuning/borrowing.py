@@ -158,7 +158,7 @@ def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
 def kind_of(spec: KernelSpec) -> str:
     """The op, and for decode the properties of its cache that determine its speed."""
     lengths = f", {PER_SEQUENCE_LENGTHS_TEXT}" if op_of(spec).per_sequence_lengths else ""
-    return f"{spec.family}{lengths}{', paged' if spec.page_size else ''}"
+    return f"{spec.public_op}{lengths}{', paged' if spec.page_size else ''}"
 
 
 def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:

@@ -181,7 +181,7 @@ class JobRun:
         job = self.job
         default, *promising = promising_configs(job.spec, job.shape, job.gpu)
         shipped = shipped_seeds(job.place, load_same_capability(job.gpu))
-        nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.family))
+        nearby = nearby_seeds(job.place, self._store.fastest(job.gpu.name, job.spec.public_op))
         best_neighbours = neighbours(job.spec, best.config, job.gpu) if best else []
         return [default, *shipped, *nearby, *promising, *best_neighbours]
 

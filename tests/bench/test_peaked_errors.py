@@ -107,7 +107,7 @@ def fails_on_peaked_rows(failure: Exception) -> Baseline:
         (VARLEN, Shape(2, 4, 2, 1, 4096), (2000, 30)),
         (replace(VARLEN, page_size=16), Shape(2, 4, 2, 1, 4096), (2000, 30)),
         (replace(VARLEN, cache_dtype="e4m3"), Shape(2, 4, 2, 1, 4096), ()),
-        (replace(VARLEN, window=True, many_queries=True, causal=True), Shape(2, 4, 2, 3, 1024, 100), ()),
+        (replace(VARLEN, window=True, multi_token=True, causal=True), Shape(2, 4, 2, 3, 1024, 100), ()),
     ],
     ids=str,
 )

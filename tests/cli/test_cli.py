@@ -18,7 +18,7 @@ from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import FAMILIES, KernelSpec
+from parallax_gen.problem.spec import PUBLIC_OPS, KernelSpec
 from parallax_gen.problem.workloads import TRAINING, Flags
 
 COMMANDS = (
@@ -157,14 +157,14 @@ def test_options_select_the_kernel() -> None:
     assert not spec.causal
     assert shape == Shape(2, 32, 8, 1, 4096)
     spec, shape = KernelArgs("decode", 96, "tf32").kernel(parse_sizes("2,32/8,16x4096"))
-    assert (spec.many_queries, spec.causal, spec.op) == (True, True, "decode_varlen")
+    assert (spec.multi_token, spec.causal, spec.op) == (True, True, "decode_varlen")
     assert shape == Shape(2, 32, 8, 16, 4096)
     assert not KernelArgs("decode", 96, "tf32", Flags(causal=False)).kernel(parse_sizes("2,32/8,16x4096"))[0].causal
     spec, shape = KernelArgs("dkdv", 72, "tf32", Flags(window=100, varlen=True)).kernel(sizes)
     assert (spec.window, spec.varlen, spec.stats, shape.window) == (True, True, False, 100)
     spec, shape = KernelArgs("preprocess", 72, "fp32").kernel(sizes)
     assert (spec.group, shape) == (1, Shape(2, 32, 32, 4096, 4096))  # preprocess depends on rows only
-    for op in FAMILIES:
+    for op in PUBLIC_OPS:
         assert KernelArgs(op, 64, "bf16").kernel(None)[0].op == op  # the first usual shape
 
 
@@ -218,7 +218,9 @@ def test_invalid_flags_are_explained_for_the_ops_of_the_command() -> None:
 
 
 def test_a_flag_of_one_of_several_ops_is_no_error() -> None:
-    check_flags(Flags(causal=False, stats=True, window=9, varlen=True, ragged=True), ("forward", "decode"))
+    check_flags(
+        Flags(causal=False, stats=True, window=9, varlen=True, per_sequence_lengths=True), ("forward", "decode")
+    )
     check_flags(Flags(leftpad=True, page_size=16, cache_dtype="e4m3"), ("forward", "decode"))
     check_flags(Flags(causal=True, window=9, varlen=True), (TRAINING,))
     with pytest.raises(click.UsageError, match="--stats"):
@@ -255,13 +257,13 @@ def test_an_invalid_kernel_is_a_one_line_error(arguments: tuple[str, ...], messa
             "8,32/8,4x4096",
             ("--window", "100", "--varlen"),
             "GQA 4:1, window, varlen, per-sequence lengths, multi-token queries",
-            {"causal": True, "window": True, "varlen": True, "many_queries": True},
+            {"causal": True, "window": True, "varlen": True, "multi_token": True},
         ),
         (
             "8,32/8,4x4096",
             ("--full",),
             "GQA 4:1, full, per-sequence lengths, multi-token queries",
-            {"many_queries": True},
+            {"multi_token": True},
         ),
     ],
 )

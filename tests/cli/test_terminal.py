@@ -19,7 +19,7 @@ from parallax_gen.cli.completion import SHELLS
 from parallax_gen.cli.text import print_table
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.spec import DTYPES, FAMILIES
+from parallax_gen.problem.spec import DTYPES, PUBLIC_OPS
 from parallax_gen.problem.workloads import BENCH_GRIDS, GRIDS
 from parallax_gen.runtime.dispatch import Dispatcher
 
@@ -40,7 +40,7 @@ def completed(*arguments: str) -> list[str]:
         (("tune", "--gpu", ""), list(GPUS)),
         (("list", "--gpu", "H2"), ["h200"]),
         (("ship", "--gpu", "h1"), ["h100", "h100-pcie"]),
-        (("explain", "--op", ""), list(FAMILIES)),
+        (("explain", "--op", ""), list(PUBLIC_OPS)),
         (("show", "--dtype", ""), list(DTYPES)),
         (("tune", "--grid", ""), list(GRIDS)),
         (("bench", "--grid", ""), list(BENCH_GRIDS)),

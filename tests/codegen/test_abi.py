@@ -22,7 +22,7 @@ from parallax_gen.problem.spec import KernelSpec
 
 GPU = GPUS["h200"]
 DECODE_VARLEN = KernelSpec("decode_varlen", 64, "fp16")
-MULTI_TOKEN = replace(DECODE_VARLEN, many_queries=True, group=3)
+MULTI_TOKEN = replace(DECODE_VARLEN, multi_token=True, group=3)
 CONFIG = DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=2, num_stages=3)
 
 
@@ -74,7 +74,7 @@ def test_decode_varlen_launches_a_program_per_work_item(
     assert grid_of(spec, config, shape) == (programs,)
     found = scratch_of(spec, config, shape.batch, shape.kv_heads, shape.seqlen_q)
     assert found == Scratch(floats=programs * rows * (2 * spec.head_dim + 4), counters=programs)
-    if not spec.many_queries:  # a second kernel may merge these, without an arrival counter
+    if not spec.multi_token:  # a second kernel may merge these, without an arrival counter
         config = replace(config, merge="kernel")
         assert scratch_of(spec, config, shape.batch, shape.kv_heads) == replace(found, counters=0)
 

@@ -224,7 +224,7 @@ SPILLING, FITTING = "forward_causal_stats for a100", "decode_unsplit for h200"
 
 
 def shape_of(kernel: Kernel) -> Shape:
-    return Shape(2, 2 * kernel.spec.group, 2, 1 if kernel.spec.family == "decode" else 1000, 1000)
+    return Shape(2, 2 * kernel.spec.group, 2, 1 if kernel.spec.public_op == "decode" else 1000, 1000)
 
 
 def replies(jobs: list[Job]) -> dict[str, Reply]:
@@ -294,7 +294,9 @@ def test_kernels_compile_for_every_generation(whole: bool) -> None:
 def test_decode_keeps_as_many_blocks_in_flight_as_its_config_says() -> None:
     """If Triton does not pipeline a loop, it loads to registers and uses less shared memory."""
     jobs = [
-        Job(name, kernel, "h200", shape_of(kernel)) for name, kernel in GOLDEN.items() if kernel.spec.family == "decode"
+        Job(name, kernel, "h200", shape_of(kernel))
+        for name, kernel in GOLDEN.items()
+        if kernel.spec.public_op == "decode"
     ]
     found = replies(jobs)
     for job in jobs:
@@ -323,7 +325,7 @@ def test_defaults_of_wide_heads_do_not_spill_kilobytes(head_dims: tuple[int, ...
 def test_defaults_of_prefill_chunks_do_not_spill_kilobytes() -> None:
     """The smaller tiles that are chosen where a larger one does not fit in shared memory."""
     jobs = []
-    chunk = KernelSpec("decode_varlen", 256, "bf16", 4, causal=True, many_queries=True)
+    chunk = KernelSpec("decode_varlen", 256, "bf16", 4, causal=True, multi_token=True)
     for gpu, spec in (
         ("rtx4090", replace(chunk, head_dim=128)),
         ("rtx4090", chunk),

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore:divide
 GPU = GPUS["h200"]
 CONFIG = DecodeConfig(BLOCK_N=16, BLOCK_H=8, NUM_SPLITS=3, merge="last", num_warps=1, num_stages=2)
 ONE_QUERY = KernelSpec("decode_varlen", 16, "fp16", group=2, stats=True)
-MULTI_TOKEN = replace(ONE_QUERY, many_queries=True, causal=True)
+MULTI_TOKEN = replace(ONE_QUERY, multi_token=True, causal=True)
 PACKED = replace(MULTI_TOKEN, varlen=True)
 WINDOW = replace(PACKED, window=True)
 CACHES = {"": None, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -329,7 +329,7 @@ def test_the_largest_allowed_strides_of_keys(spec: KernelSpec, block: int, at_on
 )
 def test_the_largest_allowed_strides_of_outputs(spec: KernelSpec, merge: str, dim: int, stride: int) -> None:
     """Queries too, whose strides may be larger. Four heads in two groups."""
-    inputs = random_inputs_of(spec, Shape(1, 4, 2, 5 if spec.many_queries else 1, 150), seed=1, device="cpu")
+    inputs = random_inputs_of(spec, Shape(1, 4, 2, 5 if spec.multi_token else 1, 150), seed=1, device="cpu")
     config, expected = replace(CONFIG, merge=merge), verify.oracle(spec, inputs)
     inputs.q, inputs.r = (far_apart(x, dim, stride) for x in (inputs.q, inputs.r))
     call = verify.poisoned_call(spec, config, inputs)

@@ -58,7 +58,7 @@ def check(
     inputs.k_scale, inputs.v_scale = (torch.tensor([scale]) for scale in scales)
     for block_h in (8, 16):
         config = replace(CONFIG, BLOCK_N=block_n, BLOCK_H=block_h)
-        wide = replace(spec, many_queries=True) if block_h > 8 else spec
+        wide = replace(spec, multi_token=True) if block_h > 8 else spec
         found = verify.launch_and_check(
             render(wide, config, GPUS["h200"]), wide, config, inputs, verify.oracle(wide, inputs)
         )

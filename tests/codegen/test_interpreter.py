@@ -362,7 +362,7 @@ SOFTCAP_DECODE_KERNELS = {
     "lengths": KernelSpec("decode_varlen", 64, "fp16", group=2, softcap=True),
     "pages": KernelSpec("decode_varlen", 64, "fp16", group=2, page_size=16, softcap=True),
     "8-bit caches": KernelSpec("decode_varlen", 64, "fp16", group=2, cache_dtype="e4m3", softcap=True),
-    "prompts": KernelSpec("decode_varlen", 64, "fp16", 2, causal=True, many_queries=True, softcap=True),
+    "prompts": KernelSpec("decode_varlen", 64, "fp16", 2, causal=True, multi_token=True, softcap=True),
 }
 FAULTS = [
     pytest.param(SOFTCAP_KERNEL, "        s = _tanh(s * cap_scale)", "        s = s * cap_scale", id="no cap"),
@@ -459,7 +459,7 @@ def test_checks_detect_a_faulty_kernel(kernel: Kernel, right: str, faulty: str) 
     text = source.text.replace(right, faulty)
     source = KernelSource("wrong", text, hashlib.sha256(text.encode()).hexdigest())
     shape = Shape(batch=4, heads=2 * spec.group, kv_heads=2, seqlen_q=1, seqlen_kv=205)
-    if spec.family != "decode":
+    if spec.public_op != "decode":
         shape = replace(shape, batch=3 if spec.varlen else 1, seqlen_q=171, seqlen_kv=175, window=41 * spec.window)
     if spec.op == "preprocess":
         shape = Shape(batch=1, heads=2, kv_heads=2, seqlen_q=75, seqlen_kv=61)  # 14 rows see no key

@@ -58,7 +58,7 @@ SQUARE = Shape(1, 2, 1, 384, 384)
 # With a window late rows see neither the first key nor the key that rows of "one key" attend to.
 WINDOW, PACKED = Shape(1, 2, 1, 384, 384, 200), Shape(4, 2, 1, 384, 384)
 CACHED = KernelSpec("decode_varlen", 64, "bf16", 4)
-MULTI_TOKEN = replace(CACHED, many_queries=True, causal=True)
+MULTI_TOKEN = replace(CACHED, multi_token=True, causal=True)
 ONE_QUERY = Shape(8, 4, 1, 1, 384)
 
 CASES = {

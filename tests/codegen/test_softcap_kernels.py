@@ -35,7 +35,7 @@ KERNELS = {
     "left padding": (KernelSpec("decode_varlen", 64, "bf16", 2, leftpad=True, softcap=True), ONE_QUERY),
     "eight bits": (KernelSpec("decode_varlen", 64, "bf16", 2, cache_dtype="e4m3", softcap=True), ONE_QUERY),
     "prompts": (
-        KernelSpec("decode_varlen", 64, "bf16", 2, causal=True, many_queries=True, varlen=True, softcap=True),
+        KernelSpec("decode_varlen", 64, "bf16", 2, causal=True, multi_token=True, varlen=True, softcap=True),
         Shape(2, 4, 2, 9, 300),
     ),
 }

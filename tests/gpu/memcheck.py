@@ -19,7 +19,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 EQUAL_LENGTHS, DECODE_VARLEN = {"op": "decode", "group": 4}, {"op": "decode_varlen", "group": 4}
-PROMPT = {"many_queries": True, "causal": True, "varlen": True, "stats": True, "page_size": 16, **DECODE_VARLEN}
+PROMPT = {"multi_token": True, "causal": True, "varlen": True, "stats": True, "page_size": 16, **DECODE_VARLEN}
 DECODE: list[tuple[int, str, dict[str, Any], KernelConfig]] = [
     (128, "bf16", EQUAL_LENGTHS, DecodeConfig(32, 8, 4, "last", 1, 4)),
     (96, "fp16", EQUAL_LENGTHS, DecodeConfig(32, 8, 6, "kernel", 2, 3)),

@@ -29,7 +29,7 @@ def test_each_op_has_one_name_in_records() -> None:
     assert [op_of_record(*name) for name in OPS_OF_RECORDS] == list(OPS)
     for op in OPS:
         spec = KernelSpec(op, 64, "bf16")
-        assert (spec.to_dict()["op"], spec.to_dict()["ragged"]) == (spec.family, op == "decode_varlen")
+        assert (spec.to_dict()["op"], spec.to_dict()["ragged"]) == (spec.public_op, op == "decode_varlen")
         assert spec_from(spec.to_dict()) == spec
 
 
@@ -40,6 +40,10 @@ def test_errors_in_a_records_spec_use_the_names_of_records() -> None:
         (
             {"stats": True},
             "stats: got True with op 'decode'; allowed: True only with op forward or decode with per-sequence lengths",
+        ),
+        (
+            {"many_queries": True},
+            "many_queries: got True with op 'decode'; allowed: True only with op decode with per-",
         ),
         ({"ragged": True, "causal": True}, "causal: got True with one query per sequence; allowed: False, except with"),
     ):

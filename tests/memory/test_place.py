@@ -18,7 +18,7 @@ from parallax_gen.ops.base import OPS_BY_NAME, OpKind, config_from_dict, config_
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.problem.shapes import Bucket
-from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
+from parallax_gen.problem.spec import DTYPES, NAMES_IN_RECORDS, OPS, KernelSpec
 
 TILED = {op.name: op.config for op in OPS_BY_NAME.values() if op.kind is OpKind.TILES}
 
@@ -67,7 +67,7 @@ LATEST = dataclasses.replace(
 )
 PAGED = dataclasses.replace(
     PLACE,
-    spec=KernelSpec("decode_varlen", 64, "bf16", page_size=16, leftpad=True, many_queries=True, cache_dtype="e4m3"),
+    spec=KernelSpec("decode_varlen", 64, "bf16", page_size=16, leftpad=True, multi_token=True, cache_dtype="e4m3"),
 )
 CAPPED = dataclasses.replace(PLACE, spec=dataclasses.replace(PLACE.spec, softcap=True))
 PARTS = {"spec": PLACE.spec.flat(), "bucket": vars(PLACE.bucket)}
@@ -76,7 +76,7 @@ NAMES = ["gpu", *(f"{part}.{name}" for part, values in PARTS.items() for name in
 
 def test_every_field_counts() -> None:
     """A field added to a part of a place must be in its text, or two different places would share results."""
-    fields = {f.name for f in dataclasses.fields(KernelSpec)}
+    fields = {NAMES_IN_RECORDS.get(f.name, f.name) for f in dataclasses.fields(KernelSpec)}
     assert set(PLACE.spec.flat()) == fields | {"ragged"}  # in records `ragged` says which decode it is
     assert list(LATEST.flat()) == [name for name in NAMES if name not in (*CACHES, "spec.softcap")]
     assert list(CAPPED.flat()) == [name for name in NAMES if name not in ADDED_FIELDS or name == "spec.softcap"]

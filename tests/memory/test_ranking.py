@@ -122,7 +122,7 @@ def test_near_buckets_of_decode_have_priority_over_the_default_along_keys_first(
 
 @pytest.mark.parametrize("spec", [SPEC, KernelSpec("decode_varlen", 128, "bf16", group=4)])
 def test_near_buckets_of_other_ops_are_not_borrowed(spec: KernelSpec) -> None:
-    place = Place(GPU.name, spec, Bucket(8, 1 if spec.family == "decode" else 4096, 4096))
+    place = Place(GPU.name, spec, Bucket(8, 1 if spec.public_op == "decode" else 4096, 4096))
     bucket = dataclasses.replace(place.bucket, seqlen_kv=8192)
     neighbour_record = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
     assert best(place, GPU, RecordTable([neighbour_record])).record is None

@@ -76,7 +76,7 @@ def compiler(draw: random.Random) -> CompiledResources:
 def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig]]) -> tuple[Place, list[Result]]:
     """A place, and many results of a few kernels (mostly today's) there, at near buckets and on a sibling card."""
     place = Place("h200", draw.choice(list(kernels)), Bucket(8, 1, 4096))
-    if place.spec.family != "decode":
+    if place.spec.public_op != "decode":
         place = replace(place, bucket=Bucket(8, 4096, 4096))
     around = [
         replace(p, gpu=gpu)

@@ -13,7 +13,7 @@ from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import KernelSpec
 
 DECODE_VARLEN = KernelSpec("decode_varlen", 128, "bf16")
-MULTI_TOKEN = KernelSpec("decode_varlen", 128, "bf16", 4, causal=True, many_queries=True)
+MULTI_TOKEN = KernelSpec("decode_varlen", 128, "bf16", 4, causal=True, multi_token=True)
 FP8 = replace(MULTI_TOKEN, cache_dtype="e4m3")
 TF32 = replace(MULTI_TOKEN, dtype="tf32")
 
@@ -86,7 +86,7 @@ def test_the_bound_on_shared_memory_agrees_with_compiled_kernels(
 def test_defaults_of_decode_are_the_first_tiles_that_fit(
     gpu: str, spec: KernelSpec, over: tuple[int, ...], tile: tuple[int, ...]
 ) -> None:
-    queries = 512 if spec.many_queries else 1
+    queries = 512 if spec.multi_token else 1
     found = default_config(spec, representative(Bucket(16, queries, 4096), spec.group), GPUS[gpu])
     assert isinstance(found, DecodeConfig)
     assert (found.BLOCK_N, found.BLOCK_H, found.num_warps, found.num_stages) == tile

@@ -41,7 +41,7 @@ PREFILLED = (Bucket(64, 512, 4096), Bucket(8, 128, 1024))
 
 def decode_layouts(head_dim: int, dtype: str, many: bool) -> Iterator[KernelSpec]:
     """decode_varlen with one query or several a sequence, in every cache layout."""
-    dense = KernelSpec("decode_varlen", head_dim, dtype, 4, causal=many, many_queries=many)
+    dense = KernelSpec("decode_varlen", head_dim, dtype, 4, causal=many, multi_token=many)
     yield dense
     yield replace(dense, group=71)
     yield replace(dense, page_size=16)
@@ -94,7 +94,7 @@ def check(jobs: list[Job], folder: Path) -> None:
     wrong = []
     for job, found in zip(jobs, needs(jobs, folder), strict=True):
         most = job.gpu.shared_per_block
-        if job.spec.family == "decode":
+        if job.spec.public_op == "decode":
             most = min(most, shared_bytes(job.spec, job.config, job.gpu))
         if found.error or found.shared_bytes > most or found.tensor_columns > TENSOR_COLUMNS:
             wrong.append(f"{job.gpu.name}: {job.spec}: {job.config}: {found}; {most} bytes at the most")
@@ -132,7 +132,7 @@ def decode_kinds() -> list[KernelSpec]:
 
 
 def prefilled_or_decoded(spec: KernelSpec) -> Bucket:
-    return replace((PREFILLED if spec.many_queries else DECODED)[0], window=128 if spec.window else 0)
+    return replace((PREFILLED if spec.multi_token else DECODED)[0], window=128 if spec.window else 0)
 
 
 @pytest.mark.slow

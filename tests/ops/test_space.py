@@ -58,7 +58,7 @@ def specs(draw: st.DrawFn) -> KernelSpec:
 
 def one_query(spec: KernelSpec) -> bool:
     """Whether the spec's shapes have one query a sequence."""
-    return spec.family == "decode" and not spec.many_queries
+    return spec.public_op == "decode" and not spec.multi_token
 
 
 POWERS = st.integers(0, 17).map(lambda n: 1 << n)
@@ -331,15 +331,15 @@ DECODE_VARLEN = KernelSpec("decode_varlen", 128, "bf16")
         ),
         (DECODE_VARLEN, DecodeConfig(32, 8, 4, "kernel", 1, 4), None),
         (
-            replace(DECODE_VARLEN, many_queries=True),
+            replace(DECODE_VARLEN, multi_token=True),
             DecodeConfig(32, 8, 4, "kernel", 1, 4),
             "merge 'kernel' cannot be combined with multi-token queries",
         ),
         (DECODE_VARLEN, DecodeConfig(64, 16, 4, "last", 4, 2), "half empty"),  # one head a kv head
-        (replace(DECODE_VARLEN, many_queries=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # with 16 queries
-        (replace(DECODE_VARLEN, many_queries=True), DecodeConfig(64, 64, 4, "last", 4, 2), None),
+        (replace(DECODE_VARLEN, multi_token=True), DecodeConfig(64, 16, 4, "last", 4, 2), None),  # with 16 queries
+        (replace(DECODE_VARLEN, multi_token=True), DecodeConfig(64, 64, 4, "last", 4, 2), None),
         (
-            replace(DECODE_VARLEN, many_queries=True),
+            replace(DECODE_VARLEN, multi_token=True),
             DecodeConfig(64, 64, 4, "last", 2, 2),
             "need 384 registers per thread",
         ),
@@ -361,7 +361,7 @@ def test_reasons_against_decode_varlen_configs(spec: KernelSpec, config: DecodeC
 
 def test_decode_varlen_splits_are_always_merged() -> None:
     """One split a sequence on average means several for a long sequence."""
-    many = replace(DECODE_VARLEN, many_queries=True)
+    many = replace(DECODE_VARLEN, multi_token=True)
     for spec, merges in ((DECODE_VARLEN, ("last", "kernel")), (many, ("last",))):
         assert [knob.values for knob in knobs_of(spec) if knob.name == "merge"] == [merges]
         first = {knob.name: knob.values[0] for knob in OPS_BY_NAME["decode"].knobs}
@@ -375,7 +375,7 @@ def test_decode_varlen_splits_are_always_merged() -> None:
 def test_multi_token_queries_fill_tiles_that_a_group_of_heads_does_not() -> None:
     of_one, of_many = (
         next(knob.values for knob in knobs_of(spec) if knob.name == "BLOCK_H")
-        for spec in (DECODE_VARLEN, replace(DECODE_VARLEN, many_queries=True))
+        for spec in (DECODE_VARLEN, replace(DECODE_VARLEN, multi_token=True))
     )
     assert (of_one, of_many) == ((8,), (8, 16, 32, 64))
 

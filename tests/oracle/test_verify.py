@@ -59,17 +59,17 @@ DECODE_VARLEN = KernelSpec("decode_varlen", 96, "bf16", group=2, stats=True)
         {"page_size": 16},
         {"leftpad": True, "page_size": 48, "cache_dtype": "e4m3"},
         {"leftpad": True, "cache_dtype": "e5m2"},
-        {"many_queries": True, "causal": True},
-        {"many_queries": True, "causal": True, "window": True, "varlen": True, "leftpad": True, "page_size": 16},
+        {"multi_token": True, "causal": True},
+        {"multi_token": True, "causal": True, "window": True, "varlen": True, "leftpad": True, "page_size": 16},
     ],
 )
 def test_unseen_cache_positions_are_nan(more: dict[str, Any]) -> None:
     """Only those: the expected outputs are finite, and depend on every visible key."""
     spec = replace(DECODE_VARLEN, **more)
-    config = default_config(spec, representative(Bucket(32, 128 if spec.many_queries else 1, 4096), 2), GPUS["h200"])
+    config = default_config(spec, representative(Bucket(32, 128 if spec.multi_token else 1, 4096), 2), GPUS["h200"])
     shape = op_of(spec).awkward_shape(spec, config)
     assert shape.seqlen_kv % config.BLOCK_N  # type: ignore[union-attr]
-    assert not spec.many_queries or shape.seqlen_q * spec.group > config.BLOCK_H  # type: ignore[union-attr]
+    assert not spec.multi_token or shape.seqlen_q * spec.group > config.BLOCK_H  # type: ignore[union-attr]
     inputs = random_inputs_of(spec, shape, seed=1, device="cpu")
     for cache in (inputs.k, inputs.v):
         assert cache.float().isnan().any()

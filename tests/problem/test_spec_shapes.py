@@ -99,10 +99,10 @@ AN_EIGHT_BIT_CACHE = "'', except for decode with per-sequence lengths, in bf16 o
         ),
         ({"leftpad": True}, f"leftpad: got True with op 'forward'; allowed: True only with op {VARLEN}"),
         (
-            {"op": "dqdr", "many_queries": True},
-            "many_queries: got True with op 'dqdr'; allowed: True only with op decode with per-sequence lengths",
+            {"op": "dqdr", "multi_token": True},
+            "multi_token: got True with op 'dqdr'; allowed: True only with op decode with per-sequence lengths",
         ),
-        ({"op": "decode_varlen", "many_queries": 4}, "many_queries: got 4; allowed: True or False"),
+        ({"op": "decode_varlen", "multi_token": 4}, "multi_token: got 4; allowed: True or False"),
         ({"op": "preprocess", "window": True}, f"window: got True with op 'preprocess'; allowed: {OF_MANY}"),
         ({"window": True}, "window: got True without causal; allowed: True only with causal=True"),
         ({"page_size": 16}, "page_size: got 16; allowed: 0, except for decode with per-sequence lengths"),
@@ -121,14 +121,14 @@ AN_EIGHT_BIT_CACHE = "'', except for decode with per-sequence lengths, in bf16 o
         ({"op": "decode", "cache_dtype": None}, "cache_dtype: got None; allowed: , e4m3, e5m2"),
         (
             {"op": "decode_varlen", "causal": True, "varlen": True, "window": True},
-            "varlen: got True with op 'decode with per-sequence lengths'; allowed: True only with many_queries=True",
+            "varlen: got True with op 'decode with per-sequence lengths'; allowed: True only with multi-token queries",
         ),
         (
             {"op": "decode_varlen", "causal": True},
-            "causal: got True with one query per sequence; allowed: False, except with window or many_queries",
+            "causal: got True with one query per sequence; allowed: False, except with window or multi-token queries",
         ),
         (
-            {"op": "decode_varlen", "many_queries": True, "window": True},
+            {"op": "decode_varlen", "multi_token": True, "window": True},
             "window: got True without causal; allowed: True only with causal=True",
         ),
     ],
@@ -144,7 +144,7 @@ def test_invalid_specs_are_explained(change: dict[str, object], message: str) ->
 def test_flags_of_decode_varlen_are_refused_for_decode(name: str) -> None:
     """With all other fields that the flag needs."""
     value = {"page_size": 16, "cache_dtype": "e4m3"}.get(name, True)
-    needed = {"varlen": {"many_queries": True}, "causal": {"many_queries": True}}.get(name, {})
+    needed = {"varlen": {"multi_token": True}, "causal": {"multi_token": True}}.get(name, {})
     needed |= {"causal": True} if name == "window" else {}
     given = {name: value, **needed}
     assert getattr(KernelSpec("decode_varlen", 96, "bf16", **given), name) == value  # type: ignore[arg-type]
@@ -232,7 +232,7 @@ def test_dicts_older_than_multi_token_decode_round_trip() -> None:
     spec = KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=16)
     assert spec_from(written) == spec
     assert spec.to_dict() == written
-    later = replace(spec, many_queries=True, leftpad=True, cache_dtype="e5m2")
+    later = replace(spec, multi_token=True, leftpad=True, cache_dtype="e5m2")
     more = {"many_queries": True, "leftpad": True, "cache_dtype": "e5m2"}
     assert later.to_dict() == {**written, **more}
     assert spec_from(later.to_dict()) == later
@@ -283,7 +283,7 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
             "decode, head_dim 64, bf16, MHA, window, per-sequence lengths",
         ),
         (
-            KernelSpec("decode_varlen", 64, "bf16", many_queries=True),
+            KernelSpec("decode_varlen", 64, "bf16", multi_token=True),
             "decode, head_dim 64, bf16, MHA, full, per-sequence lengths, multi-token queries",
         ),
         (
@@ -296,7 +296,7 @@ def test_a_buckets_window_is_none_or_a_power_of_two(size: object) -> None:
                 stats=True,
                 varlen=True,
                 leftpad=True,
-                many_queries=True,
+                multi_token=True,
                 page_size=48,
                 cache_dtype="e4m3",
             ),
@@ -375,7 +375,7 @@ def test_decode_varlen_is_timed_with_different_lengths() -> None:
     assert timed_shape(ragged, sizes) == replace(sizes, seqlen_kv=1067)
     both = 4 * 2 * 8 * 128 * sum(spread + skewed)
     assert 2 * work_of(ragged, timed_shape(ragged, sizes)).flops == pytest.approx(both, rel=1e-3)
-    uniform, multi_token = KernelSpec("decode", 128, "bf16"), replace(ragged, many_queries=True)
+    uniform, multi_token = KernelSpec("decode", 128, "bf16"), replace(ragged, multi_token=True)
     for spec, shape in (
         (uniform, sizes),
         (multi_token, replace(sizes, seqlen_q=128)),

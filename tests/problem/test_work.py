@@ -95,7 +95,7 @@ NO_DEADLINE = settings(deadline=None)  # a busy machine must not fail the tests
         ),
         # a window over a cache: 4 queries with a window of 100 see the last 103 keys
         (
-            KernelSpec("decode_varlen", 128, "bf16", group=4, causal=True, window=True, many_queries=True),
+            KernelSpec("decode_varlen", 128, "bf16", group=4, causal=True, window=True, multi_token=True),
             Shape(2, 8, 2, 4, 4096, 100),
             8 * 2 * 8 * 128 * 4 * 100,
             2 * (2 * 2 * 2 * 103 * 128 + 2 * 4 * 3 * 8 * 128),
@@ -119,7 +119,7 @@ def test_flops_against_a_count_of_visible_pairs(
     window *= causal
     window *= op != "decode"
     causal &= op != "decode"
-    spec = KernelSpec(op, 64, "bf16", 2, causal=causal, window=window > 0, many_queries=op == "decode_varlen")
+    spec = KernelSpec(op, 64, "bf16", 2, causal=causal, window=window > 0, multi_token=op == "decode_varlen")
     pairs = 0.0
     for i in range(seqlen_q):
         last = seqlen_kv - seqlen_q + i if causal else seqlen_kv - 1

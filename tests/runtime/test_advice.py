@@ -203,7 +203,7 @@ def test_the_suggested_command_tunes_the_place() -> None:
         if spec.op == "preprocess":
             sizes[2] = sizes[1]
             spec = replace(spec, group=1)
-        if spec.family == "decode" and not spec.many_queries:
+        if spec.public_op == "decode" and not spec.multi_token:
             sizes[1] = 1
         window = min(sizes[2], 2 ** draw.randint(7, 14)) if spec.window else 0
         place = Place("h200", spec, Bucket(*sizes, window))
@@ -212,9 +212,11 @@ def test_the_suggested_command_tunes_the_place() -> None:
         with click.Context(tune) as context:
             tune.parse_args(context, arguments[2:])
             options = context.params
-        names = ("causal", "stats", "ragged", "window", "varlen", "leftpad", "softcap")
+        names = ("causal", "stats", "per_sequence_lengths", "window", "varlen", "leftpad", "softcap")
         cache = {"page_size": options["page_size"] or 0, "cache_dtype": options["cache_dtype"] or ""}
         flags = Flags(**{name: options[name] for name in names}, **cache)
         (shape,) = options["shapes"]
-        result = kernels(*options["ops"], *options["head_dims"], *options["dtypes"], shape.for_op(spec.family), flags)
+        result = kernels(
+            *options["ops"], *options["head_dims"], *options["dtypes"], shape.for_op(spec.public_op), flags
+        )
         assert [(s, bucket_of(sizes)) for s, sizes in result] == [(spec, place.bucket)], arguments

@@ -68,7 +68,7 @@ def test_predictions_respect_the_roofline(spec: KernelSpec, _config: KernelConfi
 @pytest.mark.parametrize(("spec", "config", "shape"), CASES, ids=IDS)
 def test_more_work_takes_longer(spec: KernelSpec, config: KernelConfig, shape: Shape) -> None:
     longer = dataclasses.replace(shape, seqlen_kv=2 * shape.seqlen_kv)
-    if spec.family != "decode":
+    if spec.public_op != "decode":
         longer = dataclasses.replace(longer, seqlen_q=2 * shape.seqlen_q)
     wider = dataclasses.replace(shape, batch=2 * shape.batch)
     for more in (longer, wider):

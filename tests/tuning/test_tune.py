@@ -161,7 +161,7 @@ def test_the_best_is_the_fastest_finalist(store: Store, machine: Machine) -> Non
 def test_compute_bound_finalists_use_burst_timing(
     store: Store, machine: Machine, spec: KernelSpec, rests: bool
 ) -> None:
-    tune(store, Job(spec, Bucket(8, 1 if spec.family == "decode" else 1024, 1024), GPU), trials=1)
+    tune(store, Job(spec, Bucket(8, 1 if spec.public_op == "decode" else 1024, 1024), GPU), trials=1)
     assert [(request.timed_ms == FINALIST_MS, request.in_bursts) for request in machine.measured] == [
         (False, False),
         (True, rests),

@@ -126,7 +126,7 @@ def test_head_dims_choose_among_the_usual_training_shapes() -> None:
 
 
 def test_every_combination_in_the_order_given() -> None:
-    flags = Flags(ragged=True, stats=True)
+    flags = Flags(per_sequence_lengths=True, stats=True)
     jobs = worklist(GPU, ops=("decode",), head_dims=(64, 128), dtypes=("fp16", "bf16"), flags=flags)
     assert len(jobs) == 4 * len(USUAL_SHAPES["decode"])
     assert all(job.spec.op == "decode_varlen" and job.spec.stats and not job.spec.causal for job in jobs)
@@ -135,7 +135,7 @@ def test_every_combination_in_the_order_given() -> None:
 
 
 def test_flags_apply_to_their_ops() -> None:
-    for job in worklist(GPU, ops=INFERENCE, flags=Flags(causal=False, stats=True, ragged=True)):
+    for job in worklist(GPU, ops=INFERENCE, flags=Flags(causal=False, stats=True, per_sequence_lengths=True)):
         assert (job.spec.causal, job.spec.stats) == (False, True)
         assert job.spec.op in ("forward", "decode_varlen")
     for job in worklist(GPU, ops=(TRAINING,), flags=Flags(varlen=True)):
@@ -150,17 +150,17 @@ def test_flags_apply_to_their_ops() -> None:
     [
         (1, NO_FLAGS, {}),
         (1, Flags(causal=True), {}),  # a single query sees every key either way
-        (1, Flags(ragged=True), {"op": "decode_varlen"}),
+        (1, Flags(per_sequence_lengths=True), {"op": "decode_varlen"}),
         (1, Flags(stats=True), {"op": "decode_varlen", "stats": True}),
         (1, Flags(leftpad=True), {"op": "decode_varlen", "leftpad": True}),
         (1, Flags(page_size=16), {"op": "decode_varlen", "page_size": 16}),
         (1, Flags(cache_dtype="e5m2"), {"op": "decode_varlen", "cache_dtype": "e5m2"}),
         (1, Flags(window=100), {"op": "decode_varlen", "causal": True, "window": True}),
         (1, Flags(window=4096), {}),  # the window covers all keys
-        (1, Flags(varlen=True), {"op": "decode_varlen", "causal": True, "many_queries": True, "varlen": True}),
-        (4, NO_FLAGS, {"op": "decode_varlen", "causal": True, "many_queries": True}),
-        (4, Flags(causal=False), {"op": "decode_varlen", "many_queries": True}),
-        (4, Flags(window=100), {"op": "decode_varlen", "causal": True, "many_queries": True, "window": True}),
+        (1, Flags(varlen=True), {"op": "decode_varlen", "causal": True, "multi_token": True, "varlen": True}),
+        (4, NO_FLAGS, {"op": "decode_varlen", "causal": True, "multi_token": True}),
+        (4, Flags(causal=False), {"op": "decode_varlen", "multi_token": True}),
+        (4, Flags(window=100), {"op": "decode_varlen", "causal": True, "multi_token": True, "window": True}),
     ],
 )
 def test_flags_of_decode_imply_the_flags_they_need(queries: int, flags: Flags, expected: dict[str, object]) -> None:

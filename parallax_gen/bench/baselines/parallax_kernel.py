@@ -37,7 +37,7 @@ def cutedsl_decode(spec: KernelSpec, x: Inputs) -> AttentionCall:
     package = importlib.import_module("parallax.cute")
     refuse_unsupported(spec, page_size="no pages")
     one_query = "it has one query per sequence, which sees every key"
-    refuse_unsupported(spec, many_queries=one_query, window=one_query)
+    refuse_unsupported(spec, multi_token=one_query, window=one_query)
     unsupported = "no left padding, 8-bit cache or statistics"
     refuse_unsupported(spec, leftpad=unsupported, cache_dtype=unsupported, stats=unsupported)
     out = torch.empty_like(x.q)
