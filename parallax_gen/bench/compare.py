@@ -178,9 +178,9 @@ def _check(baseline: Baseline, op: str, spec: KernelSpec, inputs: Inputs, oracle
 
 
 def _with_peaked_errors(rows: list[Row], chosen: list[Baseline], effort: Effort) -> list[Row]:
-    """The rows; those that have an error of the output also get its error on peaked rows.
+    """The rows; those that have an error of the output also get its error on peaked inputs.
 
-    Gradients of peaked rows are not compared: they are small differences, as inexact in softmax attention. A baseline
+    Gradients on peaked inputs are not compared: they are small differences, as inexact in softmax attention. A baseline
     that fails, or memory that does not suffice, leaves the rows as they are.
     """
     op, spec, shape, lengths = rows[0].op, rows[0].spec, rows[0].shape, rows[0].lengths

@@ -23,7 +23,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.workloads import TRAINING
 
 KV_GRADIENTS = ("dk", "dv")
-# The factor of q in peaked rows: then one key has most of the weight even among 65536 keys at head_dim 64.
+# The factor of q in peaked inputs: then one key has most of a query's weight even among 65536 keys at head_dim 64.
 _PEAKED_Q_FACTOR = 2.0
 
 

@@ -20,7 +20,7 @@ Ratios = Iterable[tuple[Row, "float | None"]]
 
 
 class LargestErrors(NamedTuple):
-    """The largest errors on the usual inputs and on peaked rows; None if none is known."""
+    """The largest errors on the usual inputs and on peaked ones; None if none is known."""
 
     usual: float | None
     peaked: float | None
@@ -79,7 +79,7 @@ def means(ratios: Ratios, key: Callable[[Row], Key]) -> dict[Key, Mean]:
 # -- Tables
 
 
-ERROR_COLUMNS = ("error", "peaked")  # on the usual inputs, and on peaked rows
+ERROR_COLUMNS = ("error", "peaked")  # on the usual inputs, and on peaked ones
 
 
 class Table(NamedTuple):

@@ -115,8 +115,8 @@ def bench(
     """Time our kernels against other Parallax kernels and softmax.
 
     All kernels run in one process on the same inputs; errors are relative to an fp64 oracle. "peaked" is the output's
-    error on rows that give most of their weight to one key. With --op training the forward, the backward and both are
-    timed, through torch's autograd; "error" is the largest of output and gradients. Softmax has half the matmuls of
+    error on queries that give most of their weight to one key. With --op training the forward, the backward and both
+    are timed, through torch's autograd; "error" is the largest of output and gradients. Softmax has half the matmuls of
     Parallax. A baseline that is not installed, or has no such kernel, gets a note instead of a time.
 
     A shape that does not fit the card's memory is skipped. After Ctrl-C the same command with the same --csv continues:

@@ -106,7 +106,7 @@ def stats(as_json: bool) -> None:
     if results:
         click.echo("\ntoolchains, newest first")
         columns = ("newest", "rows", "of today's kernels", "ops", "toolchain")
-        print_table(columns, map(_toolchain_row, counts["toolchains"]), right=("rows", "of today's kernels"))
+        print_table(columns, map(_toolchain_line, counts["toolchains"]), right=("rows", "of today's kernels"))
 
 
 def _rows(count: int) -> str:
@@ -119,7 +119,7 @@ def _bytes_of(store: Store) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
-def _toolchain_row(counts: dict[str, Any]) -> tuple[str, ...]:
+def _toolchain_line(counts: dict[str, Any]) -> tuple[str, ...]:
     here = " (this one)" if counts["here"] else ""
     toolchain = f"Triton {counts['triton']}, ptxas {counts['cuda'] or 'unknown'}{here}"
     rows = str(counts["rows"]), str(counts["of_todays_kernels"])

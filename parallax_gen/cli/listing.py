@@ -16,7 +16,7 @@ from parallax_gen.problem.spec import PUBLIC_OPS
 from parallax_gen.problem.work import rate, rate_unit
 
 if TYPE_CHECKING:
-    from parallax_gen.memory.descriptions import ListRow, Origins
+    from parallax_gen.memory.descriptions import ListLine, Origins
 
 
 @click.command("list")
@@ -48,27 +48,27 @@ def list_known(gpu: str | None, op: str | None, every: bool, as_json: bool) -> N
         results = [r for r in results if r.place.gpu == name]
     if op is not None:
         results = [r for r in results if r.place.spec.public_op == op]
-    rows = results_of_places(results) if every else choices_of_places(results, table)
+    lines = results_of_places(results) if every else choices_of_places(results, table)
     origins = Origins(memory)
     if as_json:
-        print_json({"records": [_to_json(row, origins) for row in rows]})
-    elif rows:
-        _print(rows, origins)
+        print_json({"records": [_to_json(line, origins) for line in lines]})
+    elif lines:
+        _print(lines, origins)
         if not every:
-            by_evidence = Counter(row.evidence_with_mark for row in rows).most_common()
+            by_evidence = Counter(line.evidence_with_mark for line in lines).most_common()
             click.echo(", ".join(f"{evidence}: {count}" for evidence, count in by_evidence))
     else:
         click.echo("there are no results yet: run parallax-gen tune; until then calls get default configs")
 
 
-def _print(rows: Iterable[ListRow], origins: Origins) -> None:
+def _print(lines: Iterable[ListLine], origins: Origins) -> None:
     """Print one table per kernel, then the legend."""
-    for (gpu, spec), group in groupby(rows, key=lambda row: (row.place.gpu, row.place.spec)):
-        kernel_rows = list(group)
+    for (gpu, spec), group in groupby(lines, key=lambda line: (line.place.gpu, line.place.spec)):
+        kernel_lines = list(group)
         click.echo(f"{gpu}: {spec}")
-        numbers = ("rows", "seqlen", "us", rate_unit(spec.public_op), "gain")
+        numbers = ("BxH", "seqlen", "us", rate_unit(spec.public_op), "gain")
         columns = (*numbers, "config", "status", "evidence")
-        print_table(columns, [_row(row, origins) for row in kernel_rows], right=numbers)
+        print_table(columns, [_line(line, origins) for line in kernel_lines], right=numbers)
         click.echo()
     click.echo(LEGEND)
     click.echo("us: microseconds; gain: the default config's time divided by this time, if both are of one Triton;")
@@ -80,22 +80,22 @@ def _print(rows: Iterable[ListRow], origins: Origins) -> None:
     click.echo("parallax-gen explain says why calls get this config")
 
 
-def _row(row: ListRow, origins: Origins) -> tuple[str, ...]:
+def _line(line: ListLine, origins: Origins) -> tuple[str, ...]:
     from parallax_gen.memory.descriptions import shape_of
 
-    result, timing = row.result, ("-", "-")
+    result, timing = line.result, ("-", "-")
     if result.time_us:
         timing = number(result.time_us), number(rate(result.place.spec, shape_of(result), result.time_us))
-    bucket, config, status = row.place.bucket, brief(result.config), origins.status(result)
+    bucket, config, status = line.place.bucket, brief(result.config), origins.status(result)
     sizes = str(bucket.kv_rows), seqlen_text(bucket)
-    return *sizes, *timing, gain_text(row.gain), config, status, row.evidence_with_mark
+    return *sizes, *timing, gain_text(line.gain), config, status, line.evidence_with_mark
 
 
-def _to_json(row: ListRow, origins: Origins) -> dict[str, Any]:
-    return origins.to_json(row.result) | {
-        "of_place": row.place.flat(),
-        "counts_as": row.evidence,
-        "checked": row.checked,
-        "default_us": row.default and row.default.time_us,
-        "gain": row.gain,
+def _to_json(line: ListLine, origins: Origins) -> dict[str, Any]:
+    return origins.to_json(line.result) | {
+        "of_place": line.place.flat(),
+        "counts_as": line.evidence,
+        "checked": line.checked,
+        "default_us": line.default and line.default.time_us,
+        "gain": line.gain,
     }

@@ -136,13 +136,13 @@ def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
     fractions = [(share, math.ceil(share * configs)) for share in FRACTIONS]
     fractions = [(share, n) for share, n in fractions if n <= len(curves[0].median)]
     columns = ("sampler", "trials to 2 %", "of configs", *(f"regret at {share:.0%}" for share, _ in fractions))
-    rows = []
+    lines = []
     for curve in curves:
         first, second, third = (f">{len(curve.median)}" if n is None else str(n) for n in curve.near_after)
         fraction = "-" if curve.near_after[1] is None else f"{curve.near_after[1] / configs:.1%}"
         regrets = [_percent(curve.median[n - 1]) for _, n in fractions]
-        rows.append((curve.strategy, f"{second} ({first} to {third})", fraction, *regrets))
-    print_table(columns, rows, right=columns[1:])
+        lines.append((curve.strategy, f"{second} ({first} to {third})", fraction, *regrets))
+    print_table(columns, lines, right=columns[1:])
     click.echo()
 
 
@@ -189,13 +189,13 @@ def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
         print_json({"summaries": list(map(asdict, summaries)), "choices": list(map(_choice, choices))})
         return
     columns = ("op", "choice", "places", "unmeasured", "mean", "worst", "default mean", "default worst")
-    print_table(columns, map(_row, summaries), right=columns[2:])
+    print_table(columns, map(_line, summaries), right=columns[2:])
     click.echo("\nmean, worst: a config's time divided by the fastest of its set; means are geometric;")
     click.echo("places: pairs of kernel and bucket with times of choice and default; unmeasured: the others;")
     click.echo(f"sets of times: {len(sets)}")
 
 
-def _row(summary: Summary) -> tuple[str, ...]:
+def _line(summary: Summary) -> tuple[str, ...]:
     losses = (summary.mean, summary.worst, summary.default_mean, summary.default_worst)
     loss_texts = ("-" if loss is None else f"{loss:.3f}" for loss in losses)
     return (summary.kind, summary.choice, str(summary.places), str(summary.unmeasured), *loss_texts)

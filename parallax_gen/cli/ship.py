@@ -122,12 +122,12 @@ def _counts(findings: list[tuple[Comparison, str]]) -> dict[str, int]:
 def _print_card(name: str, places: int, current: int, findings: list[tuple[Comparison, str]]) -> None:
     if findings:
         numbers = ("best us", "default us", "gain")
-        print_table((*numbers, "measured with", name), [_row(comparison) for comparison, _ in findings], right=numbers)
+        print_table((*numbers, "measured with", name), [_line(comparison) for comparison, _ in findings], right=numbers)
     counts = ", ".join(f"{count} {finding}" for finding, count in _counts(findings).items())
     click.echo(f"{name}: {places} kernels and sizes, {current} of them with records of today's kernels: {counts}")
 
 
-def _row(comparison: Comparison) -> tuple[str, ...]:
+def _line(comparison: Comparison) -> tuple[str, ...]:
     from parallax_gen.memory.toolchain import minor
 
     best, default, place = comparison.chosen, comparison.default, comparison.place

@@ -60,11 +60,11 @@ def _print_timed(results: list[Result], origins: Origins) -> None:
     if not results:
         return
     numbers = ("time us", "regs", "spills", "shared", "error")
-    print_table((*numbers, "config", "status", "differs in"), [_row(r, origins) for r in results], right=numbers)
+    print_table((*numbers, "config", "status", "differs in"), [_line(r, origins) for r in results], right=numbers)
     click.echo()
 
 
-def _row(result: Result, origins: Origins) -> tuple[str, ...]:
+def _line(result: Result, origins: Origins) -> tuple[str, ...]:
     from parallax_gen.memory.descriptions import differences_from_here
 
     assert result.time_us is not None

@@ -80,8 +80,8 @@ def file_name(place: Place, toolchain: Toolchain) -> str:
 
 def _print(written: list[tuple[Path, Sweep]]) -> None:
     columns = ("configs", "whole", "best us", "file")
-    rows = [
+    lines = [
         (str(len(recorded.results)), "yes" if recorded.whole else "no", number(recorded.best_us), path.name)
         for path, recorded in written
     ]
-    print_table(columns, rows, right=("configs", "best us"))
+    print_table(columns, lines, right=("configs", "best us"))

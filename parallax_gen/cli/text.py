@@ -28,22 +28,22 @@ GAP = "  "  # between columns
 MIN_WIDTH = 8  # of a folded column
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
     """Print a table without rules, folding its last column if it is too wide. Columns in `right` are aligned right.
 
     In a pipe or a file nothing is folded, unless the variable COLUMNS gives the width.
     """
-    table = [columns, *rows]
+    table = [columns, *lines]
     widths = [max(1, *map(len, cells)) for cells in zip(*table, strict=True)]
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         used = sum(width + len(GAP) for width in widths[:-1])
         widths[-1] = min(widths[-1], max(get_terminal_size().columns - used, MIN_WIDTH))
     justify = [str.rjust if name in right else str.ljust for name in columns]
-    for row, (*before, last) in enumerate(table):
-        for line, part in enumerate(wrap(last, widths[-1]) or [""]):
-            cells = (*(cell if line == 0 else "" for cell in before), part)
+    for line, (*before, last) in enumerate(table):
+        for fold, part in enumerate(wrap(last, widths[-1]) or [""]):
+            cells = (*(cell if fold == 0 else "" for cell in before), part)
             aligned = (align(cell, width) for align, cell, width in zip(justify, cells, widths, strict=True))
-            click.secho(GAP.join(aligned).rstrip(), bold=row == 0)
+            click.secho(GAP.join(aligned).rstrip(), bold=line == 0)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

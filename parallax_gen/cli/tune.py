@@ -204,14 +204,14 @@ def _print(done: list[Progress], path: Path) -> None:
     for spec, jobs in by_spec.items():
         click.echo(f"{jobs[0].job.gpu.name}: {spec}")
         unit = rate_unit(spec.op)
-        columns = ("rows", "seqlen", "time us", unit, "config", "trials", "failures")
-        print_table(columns, [_row(progress) for progress in jobs], right=(*columns[:4], "trials"))
+        columns = ("BxH", "seqlen", "time us", unit, "config", "trials", "failures")
+        print_table(columns, [_line(progress) for progress in jobs], right=(*columns[:4], "trials"))
         click.echo()
     click.echo(LEGEND)
     click.echo(f"database: {path}")
 
 
-def _row(progress: Progress) -> tuple[str, ...]:
+def _line(progress: Progress) -> tuple[str, ...]:
     from parallax_gen.memory.descriptions import shape_of
 
     job, best = progress.job, progress.best

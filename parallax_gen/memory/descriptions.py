@@ -138,16 +138,16 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
         raise
 
 
-# -- The rows of `parallax-gen list`
+# -- The lines of `parallax-gen list`
 
 
 @dataclass(frozen=True)
-class ListRow:
-    """One row of `parallax-gen list`: a result of a place, and how the place uses it.
+class ListLine:
+    """One line of `parallax-gen list`: a result of a place, and how the place uses it.
 
     evidence  the evidence for the place's choice, if calls get this result; else why it is not used
     checked   False if it is borrowed and a first call may still drop it: see memory/guard.py
-    default   the comparable result of the default config; None if there is none, or the row is not used
+    default   the comparable result of the default config; None if there is none, or calls do not get this result
     """
 
     place: Place
@@ -167,23 +167,23 @@ class ListRow:
         return gain(self.result, self.default)
 
 
-def choices_of_places(results: list[Result], memory: RecordSource) -> list[ListRow]:
+def choices_of_places(results: list[Result], memory: RecordSource) -> list[ListLine]:
     """The result that calls get at each place; if they get the default, the place's best result, marked as not used."""
-    rows = []
+    lines = []
     for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
         choice, first = chosen(place, memory), next(group)
         record = choice.candidate.record
         if record is None:
-            rows.append(ListRow(place, first, "not used" if first.measured else "never measured"))
+            lines.append(ListLine(place, first, "not used" if first.measured else "never measured"))
         else:
             default = comparable_default(record, default_of(place, card_of(place)), card_of(record.place), memory)
-            rows.append(ListRow(place, record, evidence_text(choice.candidate), default, choice.checked))
-    return rows
+            lines.append(ListLine(place, record, evidence_text(choice.candidate), default, choice.checked))
+    return lines
 
 
-def results_of_places(results: list[Result]) -> list[ListRow]:
+def results_of_places(results: list[Result]) -> list[ListLine]:
     """All results of each place."""
-    rows = []
+    lines = []
     for place, place_results in groupby(results, key=lambda r: r.place):
         card, group = card_of(place), list(place_results)
         default = default_of(place, card)
@@ -192,8 +192,8 @@ def results_of_places(results: list[Result]) -> list[ListRow]:
             differences = differences_from_here(result)
             used = result.measured and ANOTHER_KERNEL not in differences
             timed_default = comparable_default(result, default, card, defaults) if used else None
-            rows.append(ListRow(place, result, ", ".join(differences) or AS_HERE, timed_default))
-    return rows
+            lines.append(ListLine(place, result, ", ".join(differences) or AS_HERE, timed_default))
+    return lines
 
 
 # -- Counts of the rows of a database

@@ -1,4 +1,4 @@
-"""Errors on peaked rows: the weights of their inputs, and the rows of kernels that are exact and inexact there."""
+"""Errors on peaked inputs: the weights of their inputs, and the rows of kernels that are exact and inexact there."""
 
 from __future__ import annotations
 
