@@ -104,7 +104,8 @@ class Row:
     package        the baseline's packages and their versions; for ours the hash of the kernels
     conditions     None until they are known
     lengths        for decode with per-sequence lengths: the number of keys of each sequence; () if all have the shape's
-    peaked_error   the output's error on `oracle_check.peaked_inputs`; None for a backward, where `error` is None, for fewer than `peaked.FEWEST_KEYS` keys, and if memory did not suffice
+    peaked_error   the output's error on `oracle_check.peaked_inputs`; None for a backward, where `error` is
+                   None, for fewer than `peaked.FEWEST_KEYS` keys, and if memory did not suffice
     provenance     set for rows that `read_rows` read
     """
 

@@ -76,8 +76,8 @@ class ProgressView:
     def end(self, progress: Progress) -> None:
         prefix = self._prefix(self._running.pop(progress.job))
         outcomes = format_counts(progress.outcomes) or "no config left to try"
-        if progress.other_workers:
-            outcomes += f", and {progress.other_workers} by other workers"
+        if progress.other_tuners:
+            outcomes += f", and {progress.other_tuners} by other tuners"
         self._print(f"{prefix}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_text(progress)}")
 
     def _prefix(self, running: _Running) -> str:

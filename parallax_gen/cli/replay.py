@@ -171,7 +171,7 @@ def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
 
 
 def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
-    """Print the loss of borrowed choices, from the measurements in `files`, or without files from the memory."""
+    """Print the slowdown of borrowed choices, from the measurements in `files`, or without files from the memory."""
     from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.memory.ranking import is_rendered
     from parallax_gen.problem.hardware import GPUS
@@ -196,9 +196,9 @@ def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
 
 
 def _line(summary: Summary) -> tuple[str, ...]:
-    losses = (summary.mean, summary.worst, summary.default_mean, summary.default_worst)
-    loss_texts = ("-" if loss is None else f"{loss:.3f}" for loss in losses)
-    return (summary.kind, summary.choice, str(summary.places), str(summary.unmeasured), *loss_texts)
+    slowdowns = (summary.mean, summary.worst, summary.default_mean, summary.default_worst)
+    texts = ("-" if slowdown is None else f"{slowdown:.3f}" for slowdown in slowdowns)
+    return (summary.kind, summary.choice, str(summary.places), str(summary.unmeasured), *texts)
 
 
 def _choice(choice: Borrowed) -> dict[str, Any]:
@@ -210,6 +210,6 @@ def _choice(choice: Borrowed) -> dict[str, Any]:
         "left_out": choice.left_out,
         "choice": choice.choice,
         "config": config_to_dict(choice.config),
-        "loss": choice.loss,
-        "default_loss": choice.default_loss,
+        "slowdown": choice.slowdown,
+        "default_slowdown": choice.default_slowdown,
     }

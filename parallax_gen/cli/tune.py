@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 @click.option(
     "--storage",
     metavar="URL",
-    help="Share the jobs with other machines' workers: postgresql://user@host/name, or journal:FILE on a shared disk.",
+    help="Share the jobs with other machines' tuners: postgresql://user@host/name, or journal:FILE on a shared disk.",
 )
 @json_option
 def tune(
@@ -251,7 +251,7 @@ def _job_to_json(progress: Progress) -> dict[str, Any]:
         "rate_unit": rate_unit(job.spec.op),
         "trials": progress.done,
         "known": progress.known,
-        "elsewhere": progress.other_workers,
+        "elsewhere": progress.other_tuners,
         "failures": _failures(progress),
         "seconds": progress.seconds,
     }

@@ -118,7 +118,7 @@ def evidence_text(candidate: Candidate) -> str:
         toolchain = f"ptxas {evidence.cuda or 'unknown'}"
     if evidence.protocol != PROTOCOL:
         toolchain += f", protocol {evidence.protocol}"
-    if candidate.tier == Tier.NEIGHBOUR:
+    if candidate.tier == Tier.NEAR_BUCKET:
         return f"{toolchain} at {record.place.bucket}"
     return f"{toolchain} on {record.place.gpu}" if candidate.tier == Tier.SIBLING_CARD else toolchain
 

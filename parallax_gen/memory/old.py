@@ -16,7 +16,7 @@ from parallax_gen.problem.spec import ADDED_FIELDS, NAMES_IN_RECORDS, OPS, PUBLI
 # (the public op, the flag `ragged`) -> op.
 OPS_OF_RECORDS = {(public_op_of(op), op not in PUBLIC_OPS): op for op in OPS}
 
-MAX_READ = {"group": 2**16, "page_size": 2**31}  # records may come from untrusted files
+MAX_IN_RECORDS = {"group": 2**16, "page_size": 2**31}  # records may come from untrusted files
 
 _FIELD_OF = {stored: field for field, stored in NAMES_IN_RECORDS.items()}
 _FIELDS = set(KernelSpec("forward", 128, "bf16").flat())
@@ -49,7 +49,7 @@ def spec_from(data: Mapping[str, Any]) -> KernelSpec:
         raise ArgumentError("spec", sorted(data), f"the fields {sorted(_FIELDS)}")
     fields = {name: value for name, value in data.items() if name not in ("op", "ragged")}
     spec = spec_of_record(data["op"], data["ragged"], **fields)
-    for name, largest in MAX_READ.items():
+    for name, largest in MAX_IN_RECORDS.items():
         if getattr(spec, name) > largest:
             raise ArgumentError(name, f"{getattr(spec, name)!r:.80}", f"at most {largest}")
     return spec

@@ -7,7 +7,7 @@ Triton or ptxas may have compiled it. Tiers, best first:
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
 3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200; not for
    preprocess, whose speed depends on its own card's memory
-4. neighbour: the same kernel at a near bucket: first with other lengths, then with another kv_rows; only for
+4. near bucket: the same kernel in a near bucket: first with other lengths, then with another kv_rows; only for
    decode of equal lengths, where measurements (docs/borrowing.md) put it ahead of the default
 5. default: the heuristics
 
@@ -41,7 +41,7 @@ class Tier(IntEnum):
     MEASURED_HERE = 1
     OTHER_TOOLCHAIN = 2
     SIBLING_CARD = 3
-    NEIGHBOUR = 4
+    NEAR_BUCKET = 4
     DEFAULT = 5
 
     @property
@@ -79,11 +79,11 @@ def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None 
             yield from (Candidate(tier, r.config, r) for r in search.measured if usable(r))
     for search in sibling_searches:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if usable(r))
-    for near in borrowable_neighbours(place):
+    for near in borrowable_near_places(place):
         for search in _searches(memory.results(near), here):
             record = None if search.unknown_knob(default) else next(filter(usable, search.measured), None)
             if record is not None:
-                yield Candidate(Tier.NEIGHBOUR, record.config, record)
+                yield Candidate(Tier.NEAR_BUCKET, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
 
 
@@ -202,7 +202,7 @@ def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
     return [replace(place, gpu=name) for name in names]
 
 
-def borrowable_neighbours(place: Place) -> list[Place]:
+def borrowable_near_places(place: Place) -> list[Place]:
     """`near_places` if measurements put their records ahead of the default: only for decode of equal lengths.
 
     The relation is symmetric.

@@ -58,7 +58,7 @@ class Outcome(str, Enum):
 
     @property
     def tried(self) -> bool:
-        """Whether the config was compiled or run, rather than predicted."""
+        """Whether a trial ended so; a prediction compiles a config, and never runs it."""
         return self is not Outcome.PREDICTED
 
     @property
@@ -104,7 +104,7 @@ class Evidence:
     triton     its full version
     cuda       releases of Triton's ptxas: see `toolchain.cuda_version`; "" if it is unknown
     protocol   version of the timing protocol
-    templates  hash of the templates that rendered the kernel, in rows from before fingerprints; else ""
+    templates  hash of the templates that rendered the kernel, in records from before fingerprints; else ""
     """
 
     kernel: str
@@ -155,10 +155,10 @@ class Result:
     compile_s     seconds it took to compile
     detail        why it failed; "" otherwise
     created_at    ISO 8601, UTC
-    source        its origin, such as "measured on NVIDIA H200"
+    source        what the time is, such as "measured on NVIDIA H200"
 
-    Raises ArgumentError on values of a wrong type or beyond the bounds of memory/bounds.py: rows of a file are checked
-    like user input.
+    Raises ArgumentError on values of a wrong type or beyond the bounds of memory/bounds.py: records of a file are
+    checked like user input.
     """
 
     place: Place
@@ -208,7 +208,7 @@ class Result:
 
     @property
     def is_machine_fault(self) -> bool:
-        """Whether an earlier version stored a fault of the machine as the config's failure. Such a row is ignored."""
+        """Whether an earlier version stored a machine's fault as the config's failure. Such a record is ignored."""
         return self.outcome.may_be_machine_fault and is_stored_machine_error(self.detail)
 
     @property
@@ -222,7 +222,7 @@ class Result:
 
     @property
     def identity(self) -> tuple[Scalar, ...]:
-        """The unique key of a row: the place, the config, and the evidence's identity."""
+        """The unique key of a record: the place, the config, and the evidence's identity."""
         return self.place.text, config_to_json(self.config), *self.evidence.identity
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,12 +269,12 @@ def _evidence_from(data: Mapping[str, Any]) -> Evidence:
 
 
 def supersedes(new: Result, old: Result) -> bool:
-    """Whether `new` replaces `old`, a row of the same identity.
+    """Whether `new` replaces `old`, a record of the same identity.
 
     The more informative result wins. A fault of the machine (`is_machine_fault`) is the least informative, then comes a
     prediction, then an inconclusive outcome, which may be the machine's fault (a busy GPU), and last a conclusive one.
-    So a bad rerun loses no measured time. Of two equally informative results the newer one wins: the same row remains,
-    whichever process writes last.
+    So a bad rerun loses no measured time. Of two equally informative results the newer one wins: the same record
+    remains, whichever process writes last.
     """
 
     def weight(result: Result) -> tuple[int, datetime]:

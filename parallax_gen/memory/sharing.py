@@ -1,4 +1,4 @@
-"""The records that ranks send each other: the few with which every call on a card ranks kernels as with all records.
+"""The records that ranks of torch.distributed send each other: few, but enough to choose kernels as all records would.
 
 The rank of a record depends on the other records of its search, and on failures. So for each place we keep the records
 that a call may consider, and those that show which knobs their searches knew. Then we rank every place by the kept
@@ -15,7 +15,7 @@ from parallax_gen.memory.guard import launch_candidates
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import (
     RecordTable,
-    borrowable_neighbours,
+    borrowable_near_places,
     representative_records,
     sibling_places,
     siblings,
@@ -28,7 +28,7 @@ from parallax_gen.problem.hardware import Gpu
 def places_served(records: Iterable[Result], gpu: Gpu) -> list[Place]:
     """The places of a card whose calls may use any of these records, sorted by kernel."""
     own_places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
-    served = own_places | dict.fromkeys(near for place in own_places for near in borrowable_neighbours(place))
+    served = own_places | dict.fromkeys(near for place in own_places for near in borrowable_near_places(place))
     return sorted(served, key=lambda place: place.order)
 
 
@@ -51,6 +51,6 @@ def records_to_share(memory: Memory, gpu: Gpu) -> list[Result]:
         if not differing:
             return shared
         read_places = dict.fromkeys(
-            read for place in differing for read in (place, *sibling_places(place, gpu), *borrowable_neighbours(place))
+            read for place in differing for read in (place, *sibling_places(place, gpu), *borrowable_near_places(place))
         )
         kept.update(r for place in read_places for r in all_records.results(place))

@@ -32,7 +32,7 @@ class Entry:
     results      measured ones from fast to slow, then predicted, then failed ones
     trials       the user's own results, in the order of their first trial
     differences  the differences from this process, as text: toolchain, kernel; empty if there are none
-    known_as     the status of the first result: measured (by the user), shipped, predicted, or how it failed
+    status       of the first result: measured (by the user), shipped, predicted, or how it failed
     default      the comparable result of today's default config; None if there is none, or the best has another kernel
     """
 
@@ -41,7 +41,7 @@ class Entry:
     results: tuple[Result, ...]
     trials: tuple[Result, ...]
     differences: tuple[str, ...]
-    known_as: str
+    status: str
     default: Result | None = None
 
     @property
@@ -107,7 +107,7 @@ def entries_of(memory: Memory, results: Iterable[Result]) -> list[Entry]:
                     results=tuple(entry_results),
                     trials=tuple(own_trials),
                     differences=differences,
-                    known_as=origins.status(entry_results[0]),
+                    status=origins.status(entry_results[0]),
                     default=_default(entry_results, differences),
                 )
             )

@@ -91,14 +91,14 @@ def speed_ups(
 
 
 def _matrix(gpu: str, ops: tuple[str, ...], name: str, cells: Mapping[tuple[int, LengthsAndWindow], Cell]) -> Matrix:
-    heights = sorted({height for height, _ in cells})
-    widths = sorted({sizes for _, sizes in cells}, key=lambda sizes: (sizes[1], sizes[0], sizes[2]))
+    all_kv_rows = sorted({kv_rows for kv_rows, _ in cells})
+    all_lengths = sorted({lengths for _, lengths in cells}, key=lambda lengths: (lengths[1], lengths[0], lengths[2]))
     return Matrix(
         gpu=gpu,
         ops=ops,
         name=name,
-        columns=tuple(seqlen_text(Shape(1, 1, 1, *sizes)) for sizes in widths),
-        rows=tuple((str(height), tuple(cells.get((height, sizes)) for sizes in widths)) for height in heights),
+        columns=tuple(seqlen_text(Shape(1, 1, 1, *lengths)) for lengths in all_lengths),
+        rows=tuple((str(n), tuple(cells.get((n, lengths)) for lengths in all_lengths)) for n in all_kv_rows),
     )
 
 

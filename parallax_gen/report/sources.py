@@ -58,4 +58,4 @@ def _highlighted(text: str) -> list[str]:
 
 
 def _class(kind: _TokenType) -> str:
-    return next((name for family, name in KINDS if kind in family), "")
+    return next((name for token_type, name in KINDS if kind in token_type), "")

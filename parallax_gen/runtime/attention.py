@@ -59,7 +59,7 @@ def forward(request: Request, *, packed: bool, out: Tensor | None = None, stats:
     if isinstance(plan, LaunchPlan):
         plan.launch(request, outputs)
     elif plan.is_empty:
-        fill_without_keys(outputs)
+        write_result_without_keys(outputs)
     else:
         copy_outputs(outputs, _reference_forward(request))
     return outputs
@@ -149,7 +149,7 @@ def stats_shape(q: Tensor) -> tuple[int, ...]:
     return (*q.shape[:-3], q.shape[-2], q.shape[-3])
 
 
-def fill_without_keys(outputs: Sequence[Tensor]) -> None:
+def write_result_without_keys(outputs: Sequence[Tensor]) -> None:
     """Write the result of attention without any key: 0, and -inf for lse."""
     for tensor in outputs:
         tensor.zero_()

@@ -339,9 +339,9 @@ def _pairs(request: Request) -> float:
     window = 0 if request.window_size is None else request.window_size
     if request.cu_seqlens_q is None or request.cu_seqlens_k is None:
         return request.q.shape[0] * visible_pairs(request.q.shape[1], request.k.shape[1], request.causal, window)
-    rows = _lengths(request.cu_seqlens_q, request.max_seqlen_q)
+    queries = _lengths(request.cu_seqlens_q, request.max_seqlen_q)
     keys = _lengths(request.cu_seqlens_k, request.max_seqlen_k)
-    return sum(visible_pairs(*lengths, request.causal, window) for lengths in zip(rows, keys, strict=True))
+    return sum(visible_pairs(*lengths, request.causal, window) for lengths in zip(queries, keys, strict=True))
 
 
 def _lengths(starts: Tensor, longest: int) -> list[int]:

@@ -59,9 +59,9 @@ def choose(
 ) -> DispatchChoice:
     """The config that a call uses: see memory/ranking.py and memory/guard.py."""
     place = Place(gpu.name, spec, bucket_of(shape))
-    best_safe = checked_choice(place, gpu, memory, compiled)
-    choice = DispatchChoice(place, best_safe.candidate, best_safe.checked, best_safe.refused)
-    for refused, reason in best_safe.refused:
+    checked = checked_choice(place, gpu, memory, compiled)
+    choice = DispatchChoice(place, checked.candidate, checked.checked, checked.refused)
+    for refused, reason in checked.refused:
         _LOG.info("%s; %s: %s is not used: %s", spec, place.bucket, describe(refused.config), reason)
     record, message = choice.record, choice.candidate.tier.text
     if record is not None:
@@ -234,7 +234,7 @@ def _what_runs(candidate: Candidate) -> str:
     record = candidate.record
     if record is None:
         return "its default config is used"
-    measured_for = f"{record.place.bucket}" if candidate.tier == Tier.NEIGHBOUR else record.place.gpu
+    measured_for = f"{record.place.bucket}" if candidate.tier == Tier.NEAR_BUCKET else record.place.gpu
     return f"a record of {measured_for} with {record.evidence.measured_with} is used"
 
 

@@ -78,7 +78,7 @@ def _reason(
         fastest = f"the fastest of {compared} configs measured" if compared > 1 else "the only config measured"
         if candidate.tier == Tier.MEASURED_HERE:
             return f"{fastest} with {Toolchain.here()}"
-        if candidate.tier == Tier.NEIGHBOUR:
+        if candidate.tier == Tier.NEAR_BUCKET:
             basis = f"the best measured with {record.evidence.measured_with} at {record.place.bucket}"
         else:
             basis = f"{fastest} with {record.evidence.measured_with}"
@@ -112,7 +112,7 @@ def _why_nothing_closer(choice: DispatchChoice, record: Result, unused: list[tup
         if record.evidence.toolchain.compiles_like(here):
             return "no record has today's timing protocol, and times of different protocols are not compared"
         return f"no usable record was measured with {here}"
-    where = "at this bucket" if tier == Tier.NEIGHBOUR else "on this card"
+    where = "at this bucket" if tier == Tier.NEAR_BUCKET else "on this card"
     return _why_none_is_used(unused, f" {where}") if unused else f"no usable record was measured {where}"
 
 

@@ -217,7 +217,7 @@ def _attend(
     if is_plain_eager_call() and are_plain_tensors(*inputs_of(request)):
         outputs = _attend_eagerly(request, packed, out, return_stats, recompute_v_mean)
     else:
-        outputs = _attend_observed(request, packed, out, return_stats, recompute_v_mean)
+        outputs = _attend_general(request, packed, out, return_stats, recompute_v_mean)
     return outputs if return_stats else outputs[0]
 
 
@@ -230,10 +230,10 @@ def _attend_eagerly(
     return forward(request, packed=packed, out=out, stats=return_stats)
 
 
-def _attend_observed(
+def _attend_general(
     request: Request, packed: bool, out: Tensor | None, return_stats: bool, recompute_v_mean: bool
 ) -> tuple[Tensor, ...]:
-    """`_attend` under a tracer, mode, transform or autocast, or with a tensor subclass."""
+    """`_attend` in general: also under a tracer, mode, transform or autocast, and with tensor subclasses."""
     outputs: tuple[Tensor, ...]
     request = cast_inputs(request, out)
     inputs = inputs_of(request)

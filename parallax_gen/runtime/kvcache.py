@@ -12,7 +12,7 @@ from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import scale_or_default
-from parallax_gen.runtime.attention import allocate_outputs, copy_outputs, fill_without_keys
+from parallax_gen.runtime.attention import allocate_outputs, copy_outputs, write_result_without_keys
 from parallax_gen.runtime.autograd import are_plain_tensors
 from parallax_gen.runtime.cache_checks import (
     check_cached,
@@ -228,7 +228,7 @@ def _attend(
             request = request._replace(k_cache=as_int32(request.k_cache), v_cache=as_int32(request.v_cache))
         plan.launch(request, outputs, workspace)
     elif plan.is_empty:
-        fill_without_keys(outputs)
+        write_result_without_keys(outputs)
     else:
         options = {name: getattr(request, name) for name in _OPTIONS}
         copy_outputs(outputs, reference_cached_forward(*cached_inputs_of(request), **options))

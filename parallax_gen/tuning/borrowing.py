@@ -1,7 +1,7 @@
 """Evaluates the ranking: which configs would calls borrow if some records were missing, and how much slower are they?
 
 The evaluation uses sets of comparable times: several configs of one place, timed with one toolchain and one protocol.
-The loss of the config that a call there would get is its time divided by the fastest time of the set.
+The slowdown of the config that a call there would get is its time divided by the fastest time of the set.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class ComparableTimes:
     protocol: int
     times: dict[KernelConfig, float] = field(compare=False)
 
-    def loss(self, config: KernelConfig) -> float | None:
+    def slowdown(self, config: KernelConfig) -> float | None:
         """A config's time divided by the fastest; None if it was not measured."""
         return self.times[config] / min(self.times.values()) if config in self.times else None
 
-    def holds(self, result: Result) -> bool:
+    def matches(self, result: Result) -> bool:
         """Whether a record is of the same place, toolchain and protocol."""
         evidence = result.evidence
         return (result.place, _toolchain(result), evidence.protocol) == (self.place, self.toolchain, self.protocol)
@@ -62,23 +62,23 @@ class Borrowed:
     default: KernelConfig
 
     @property
-    def loss(self) -> float | None:
-        return self.comparable.loss(self.config)
+    def slowdown(self) -> float | None:
+        return self.comparable.slowdown(self.config)
 
     @property
-    def default_loss(self) -> float | None:
-        return self.comparable.loss(self.default)
+    def default_slowdown(self) -> float | None:
+        return self.comparable.slowdown(self.default)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The loss of the choices of one kind, and the loss of the default at the same places.
+    """The slowdown of the choices of one kind, and the slowdown of the default at the same places.
 
     kind        the op; for decode also whether lengths are per sequence, and whether the cache is paged
     choice      one of CHOICES
     places      how many places have measurements of both the choice and the default; means and worst are over these
     unmeasured  how many places lack one of the two measurements
-    mean        geometric mean of the loss; None without places
+    mean        geometric mean of the slowdown; None without places
     """
 
     kind: str
@@ -133,7 +133,7 @@ def borrowed(comparable: ComparableTimes, records: Sequence[Result]) -> Iterator
     default = default_of(place, gpu)
     left_out: dict[str, Callable[[Result], bool]] = {
         "nothing": lambda record: False,
-        "this toolchain": comparable.holds,
+        "this toolchain": comparable.matches,
         "this card": lambda record: record.place == place,
         "this bucket": lambda record: record.place.bucket == place.bucket,
     }
@@ -162,12 +162,12 @@ def kind_of(spec: KernelSpec) -> str:
 
 
 def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:
-    pairs = [(c.loss, c.default_loss) for c in choices]
-    both = [(loss, default) for loss, default in pairs if loss is not None and default is not None]
+    pairs = [(c.slowdown, c.default_slowdown) for c in choices]
+    both = [(slowdown, default) for slowdown, default in pairs if slowdown is not None and default is not None]
     means: list[float | None] = [None] * 4
     if both:
-        losses, defaults = zip(*both, strict=True)
-        means = [geometric_mean(losses), max(losses), geometric_mean(defaults), max(defaults)]
+        slowdowns, defaults = zip(*both, strict=True)
+        means = [geometric_mean(slowdowns), max(slowdowns), geometric_mean(defaults), max(defaults)]
     return Summary(kind, choice, len(both), len(pairs) - len(both), *means)
 
 

@@ -1,7 +1,9 @@
-"""The claims and results that workers on several hosts share for a job, in an Optuna study of a shared storage.
+"""The claims and results that tuners on several hosts share for a job, in an Optuna study of a shared storage.
 
-A trial of the study is a worker's claim of one config while it is RUNNING, and the config's result once it is finished.
-A claim is valid as long as its worker sends heartbeats, so the claims of a dead worker expire. The clocks of the hosts
+A tuner is a process of `parallax-gen tune`; the storage calls it a worker.
+
+A trial of the study is a tuner's claim of one config while it is RUNNING, and the config's result once it is finished.
+A claim is valid as long as its tuner sends heartbeats, so the claims of a dead tuner expire. The clocks of the hosts
 must agree to within a few seconds.
 """
 
@@ -32,13 +34,13 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import MALFORMED, Result
 from parallax_gen.ops.base import KernelConfig, config_to_json
 
-LEASE_S = 60.0  # a worker that sent no heartbeat for this long counts as dead
-CLAIM_ATTEMPTS = 8  # to claim a config that another worker claims at the same moment
-CONNECT_ATTEMPTS = 5  # attempts to open a database while other workers create its tables
+LEASE_S = 60.0  # a tuner that sent no heartbeat for this long counts as dead
+CLAIM_ATTEMPTS = 8  # attempts to claim a config that another tuner claims at the same moment
+CONNECT_ATTEMPTS = 5  # attempts to open a database while other tuners create its tables
 
 
 class Storage:
-    """The storage that workers share: `postgresql://...` or another URL of SQLAlchemy's, or `journal:FILE`.
+    """The storage that tuners share: `postgresql://...` or another URL of SQLAlchemy's, or `journal:FILE`.
 
     A journal is for hosts that share a file system. Raises StoreError if the storage cannot be used; no message
     contains a password of a URL.
@@ -46,7 +48,7 @@ class Storage:
 
     def __init__(self, url: str, *, lease_s: float = LEASE_S):
         self._name, self._lease_s = url, lease_s
-        self.worker = uuid.uuid4().hex
+        self.tuner = uuid.uuid4().hex
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if url.startswith("journal:"):
             with self._as_store_error():
@@ -55,8 +57,8 @@ class Storage:
             self._storage = self._database(url)
 
     def claims(self, place: Place, program: str) -> SharedClaims:
-        """The shared claims of a place. Workers that would compile another `program` have other claims."""
-        return SharedClaims(self._storage, place, program, self.worker, self._lease_s, self._as_store_error)
+        """The shared claims of a place. Tuners that would compile another `program` have other claims."""
+        return SharedClaims(self._storage, place, program, self.tuner, self._lease_s, self._as_store_error)
 
     def _database(self, text: str) -> BaseStorage:
         try:
@@ -95,20 +97,20 @@ class Storage:
 
 
 class SharedClaims:
-    """One worker's view of the claims and results of a place that workers share."""
+    """One tuner's view of the claims and results of a place that tuners share."""
 
     def __init__(
         self,
         storage: BaseStorage,
         place: Place,
         program: str,
-        worker: str,
+        tuner: str,
         lease_s: float,
         as_store_error: Callable[[], AbstractContextManager[None]],
     ):
-        self._storage, self._place, self._worker, self._lease_s = storage, place, worker, lease_s
+        self._storage, self._place, self._tuner, self._lease_s = storage, place, tuner, lease_s
         self._as_store_error = as_store_error
-        self._claims: dict[str, int] = {}  # this worker's: JSON of the config -> trial id
+        self._claims: dict[str, int] = {}  # this tuner's: JSON of the config -> trial id
         self._seen: set[int] = set()
         self._last_heartbeat = -float("inf")
         with as_store_error():
@@ -121,21 +123,21 @@ class SharedClaims:
             self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Send this worker's heartbeat, if the last one is older than a sixth of the lease."""
+        """Send this tuner's heartbeat, if the last one is older than a sixth of the lease."""
         if time.monotonic() - self._last_heartbeat > self._lease_s / 6:
             with self._as_store_error():
-                self._storage.set_study_user_attr(self._study, _heartbeat_key(self._worker), time.time())
+                self._storage.set_study_user_attr(self._study, _heartbeat_key(self._tuner), time.time())
             self._last_heartbeat = time.monotonic()
 
     def claim(self, config: KernelConfig) -> bool:
-        """Claim a config for this worker; False if another worker has claimed or tried it."""
+        """Claim a config for this tuner; False if another tuner has claimed or tried it."""
         config_json = config_to_json(config)
         with self._as_store_error():
             for _ in range(CLAIM_ATTEMPTS):
                 if self._is_taken(config_json):
                     return False
-                trial = self._storage.create_new_trial(self._study, _new_claim(config_json, self._worker))
-                # A competing claim is visible by now, or its worker will see this one. If two workers see each other's
+                trial = self._storage.create_new_trial(self._study, _new_claim(config_json, self._tuner))
+                # A competing claim is visible by now, or its tuner will see this one. If two tuners see each other's
                 # claims, both withdraw and try again a little later.
                 if not self._is_taken(config_json, except_trial=self._storage.get_trial_number_from_id(trial)):
                     self._claims[config_json] = trial
@@ -145,44 +147,44 @@ class SharedClaims:
         return False
 
     def finish(self, result: Result) -> None:
-        """Share the result of a config that this worker claimed."""
+        """Share the result of a config that this tuner claimed."""
         trial = self._claims.pop(config_to_json(result.config), None)
         if trial is None:
             return
-        # The suppressed error means that another worker ended this claim, because this worker seemed dead.
+        # The suppressed error means that another tuner ended this claim, because this tuner seemed dead.
         with self._as_store_error(), contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(trial, "result", json.dumps(result.to_dict()))
             timed = result.outcome.timed and result.time_us is not None
             self._end(trial, TrialState.COMPLETE if timed else TrialState.FAIL, result.time_us if timed else None)
 
     def publish(self, result: Result) -> None:
-        """Share a result that this worker has no claim for: a finalist that was timed again."""
+        """Share a result that this tuner has no claim for: a finalist that was timed again."""
         config_json = config_to_json(result.config)
         with self._as_store_error():
             self._claims[config_json] = self._storage.create_new_trial(
-                self._study, _new_claim(config_json, self._worker)
+                self._study, _new_claim(config_json, self._tuner)
             )
         self.finish(result)
 
     def others_have_claims(self) -> bool:
-        """Whether another live worker has a claim."""
+        """Whether another live tuner has a claim."""
         with self._as_store_error():
             heartbeats = self._storage.get_study_user_attrs(self._study)
             trials = self._storage.get_all_trials(self._study, deepcopy=False)
         running = [trial for trial in trials if not trial.state.is_finished()]
-        return any(t.user_attrs.get("worker") != self._worker and self._is_alive(t, heartbeats) for t in running)
+        return any(t.user_attrs.get("worker") != self._tuner and self._is_alive(t, heartbeats) for t in running)
 
     def release(self) -> None:
-        """Withdraw this worker's unfinished claims."""
+        """Withdraw this tuner's unfinished claims."""
         with self._as_store_error():
             for trial in self._claims.values():
                 self._end(trial, TrialState.FAIL)
         self._claims.clear()
 
     def new_results(self) -> list[Result]:
-        """The results that other workers finished since the last call.
+        """The results that other tuners finished since the last call.
 
-        Skips results that do not parse or are of another place, and faults of a worker's machine that an earlier
+        Skips results that do not parse or are of another place, and faults of a tuner's machine that an earlier
         version stored.
         """
         results = []
@@ -192,12 +194,12 @@ class SharedClaims:
             if not trial.state.is_finished() or trial.number in self._seen:
                 continue
             self._seen.add(trial.number)
-            if trial.user_attrs.get("worker") != self._worker and (result := self._result_of(trial)) is not None:
+            if trial.user_attrs.get("worker") != self._tuner and (result := self._result_of(trial)) is not None:
                 results.append(result)
         return results
 
     def _is_taken(self, config_json: str, except_trial: int | None = None) -> bool:
-        """Whether a config was tried, or a live worker claims it in a trial other than `except_trial`.
+        """Whether a config was tried, or a live tuner claims it in a trial other than `except_trial`.
 
         Ends dead claims.
         """
@@ -217,7 +219,7 @@ class SharedClaims:
         return False
 
     def _is_alive(self, trial: FrozenTrial, heartbeats: dict[str, Any]) -> bool:
-        """Whether the worker of a claim sent a heartbeat within the lease.
+        """Whether the tuner of a claim sent a heartbeat within the lease.
 
         A time further in the future than the lease is ignored.
         """
@@ -229,7 +231,7 @@ class SharedClaims:
             self._storage.set_trial_state_values(trial, state, None if value is None else [value])
 
     def _failed_elsewhere(self, trial: FrozenTrial) -> bool:
-        """Whether a trial ended by a fault of its worker's machine: then its config may be claimed again."""
+        """Whether a trial ended by a fault of its tuner's machine: then its config may be claimed again."""
         result = _parsed(trial) if trial.state == TrialState.FAIL else None
         return result is not None and result.is_machine_fault
 
@@ -246,10 +248,10 @@ def _parsed(trial: FrozenTrial) -> Result | None:
         return None
 
 
-def _heartbeat_key(worker: str | None) -> str:
-    """The study attribute with the time of a worker's last heartbeat."""
-    return f"worker {worker}"
+def _heartbeat_key(tuner: str | None) -> str:
+    """The study attribute with the time of a tuner's last heartbeat."""
+    return f"worker {tuner}"
 
 
-def _new_claim(config_json: str, worker: str) -> FrozenTrial:
-    return create_trial(state=TrialState.RUNNING, user_attrs={"config": config_json, "worker": worker})
+def _new_claim(config_json: str, tuner: str) -> FrozenTrial:
+    return create_trial(state=TrialState.RUNNING, user_attrs={"config": config_json, "worker": tuner})

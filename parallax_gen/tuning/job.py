@@ -61,7 +61,7 @@ def step_spec(spec: KernelSpec) -> KernelSpec:
 
 
 def program_key(job: Job) -> str:
-    """A text that must be equal for workers to share a job: the kernel they render, the toolchain and the protocol."""
+    """A text that must be equal for tuners to share a job: the kernel they render, the toolchain and the protocol."""
     kernel = evidence_of(render(job.spec, default_of(job.place, job.gpu), job.gpu)).kernel
     return f"{kernel}, {Toolchain.here()}, protocol {PROTOCOL}"
 
@@ -72,7 +72,7 @@ class Progress:
 
     known          how many results of earlier runs there were
     outcomes       how many trials of this run had each outcome
-    other_workers  how many configs other workers tried meanwhile, if the job is shared
+    other_tuners  how many configs other tuners tried meanwhile, if the job is shared
     deadline       when its time budget ends, on time.monotonic's clock; math.inf before the budget starts
     """
 
@@ -81,7 +81,7 @@ class Progress:
     outcomes: dict[Outcome, int] = field(default_factory=dict)
     best: Result | None = None
     seconds: float = 0.0
-    other_workers: int = 0
+    other_tuners: int = 0
     deadline: float = math.inf
 
     @property
@@ -142,7 +142,7 @@ def grid_jobs(
     return list(jobs)
 
 
-# -- The jobs of a refresh: places with records, and a few configs for each place.
+# -- The jobs of a refresh, which times known configs again: places with records, and a few configs for each place.
 
 MAX_REFRESHED = 6  # configs per place
 MAX_PER_TIER = 2  # more are useless: the fastest configs of a search differ by less than the timing's error

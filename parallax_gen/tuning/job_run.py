@@ -35,8 +35,8 @@ class JobRun:
     device (`next_request`), and passes on those replies (`on_measured`), until the run is `over`. Every result is
     stored at once. With measure=False the time of a compiled config is predicted, and nothing is measured.
 
-    With `claims`, workers elsewhere share the job: one worker tries each config, all workers get its result, the trials
-    of all workers count, and the worker that ends last times the finalists again.
+    With `claims`, other tuners share the job: one tuner tries each config, all tuners get its result, the trials
+    of all tuners count, and the tuner that ends last times the finalists again.
 
     With `only_configs`, only these configs are tried, even if they have results.
     """
@@ -57,7 +57,7 @@ class JobRun:
         self._results = results or store.results
         self._store, self._measure, self._max_trials, self._claims = store, measure, trials, claims
         self._best_outcome = Outcome.OK if measure else Outcome.PREDICTED
-        self._current: dict[tuple[KernelConfig, Evidence], bool] = {}
+        self._known_current: dict[tuple[KernelConfig, Evidence], bool] = {}  # see `_is_current`
         self._default = default_of(job.place, job.gpu)
         known_results = [
             r for r in self._current_results() if not (r.is_machine_fault or (measure and not r.outcome.tried))
@@ -74,11 +74,11 @@ class JobRun:
         self._ready: deque[tuple[KernelConfig, Reply]] = deque()  # compiled, and not yet measured
         self._compiled: dict[KernelConfig, Reply] = {}  # configs that are being measured
         self._finals = Finals(job.spec.op, self._current_results, self._instance, self._default, only_configs or ())
-        self._claimed_elsewhere: list[KernelConfig] = []  # other workers had claimed these when they were proposed
-        self._shared_configs: set[KernelConfig] = set()  # configs that other workers finished
+        self._claimed_elsewhere: list[KernelConfig] = []  # other tuners had claimed these when they were proposed
+        self._shared_configs: set[KernelConfig] = set()  # configs that other tuners finished
         self._shared_at_start = 0
         self._take_shared_results()
-        self._shared_at_start, self.progress.other_workers = len(self._shared_configs), 0
+        self._shared_at_start, self.progress.other_tuners = len(self._shared_configs), 0
         self._some_compiled, self._seconds = False, float("inf")
         self._start = time.monotonic()
 
@@ -104,12 +104,12 @@ class JobRun:
         return not self.searching and not self._measuring and (self._finals.over or not self._measure)
 
     def heartbeat(self) -> None:
-        """Send the heartbeat to workers elsewhere. To be called every second or so."""
+        """Send the heartbeat to other tuners. To be called every second or so."""
         if self._claims is not None:
             self._claims.heartbeat()
 
     def close(self) -> None:
-        """Withdraw unfinished claims, and take in the results of other workers."""
+        """Withdraw unfinished claims, and take in the results of other tuners."""
         if self._claims is not None:
             self._claims.release()
             self._take_shared_results()
@@ -166,7 +166,7 @@ class JobRun:
             self._store_result(self._result(config, self._compiled.pop(config), reply))
             return True
         for result in self._finals.results_of(request, reply):
-            result = replace(result, evidence=self._evidence_of(result.config))  # an old row may have other evidence
+            result = replace(result, evidence=self._evidence_of(result.config))  # an old record may have other evidence
             self._store.save(result)
             if self._claims is not None:
                 self._claims.publish(result)
@@ -188,8 +188,8 @@ class JobRun:
     def _current_results(self) -> list[Result]:
         """The results of the job's current kernels with this toolchain, the measured ones first, from fast to slow.
 
-        One result per config, by `supersedes`. An older row may be from another patch release of Triton, or from before
-        fingerprints.
+        One result per config, by `supersedes`. An older record may be from another patch release of Triton, or from
+        before fingerprints.
         """
         current: dict[KernelConfig, Result] = {}
         for result in self._results(self.job.place):
@@ -201,14 +201,14 @@ class JobRun:
     def _is_current(self, result: Result) -> bool:
         """Whether a result has this process's toolchain, and the kernel that its config renders today, if any."""
         evidence, key = result.evidence, (result.config, result.evidence)
-        if key not in self._current:
+        if key not in self._known_current:
             is_current_result = is_current(result, self.job.gpu)
             # Also current: a config without a kernel, or any result if no ptxas was found. This renders few other
             # configs.
             if not is_current_result and evidence.identity == Evidence.here(evidence.kernel, evidence.text).identity:
                 is_current_result = evidence.identity == self._evidence_of(result.config).identity
-            self._current[key] = is_current_result
-        return self._current[key]
+            self._known_current[key] = is_current_result
+        return self._known_current[key]
 
     @property
     def _best_measured(self) -> Result | None:
@@ -218,18 +218,18 @@ class JobRun:
         return guess_us(self.job.spec, config, self.job.timed_shape, self.job.gpu)
 
     def _next_config(self) -> KernelConfig | None:
-        """The search's next config; in a shared job, one that no other worker claims or has tried."""
+        """The search's next config; in a shared job, one that no other tuner claims or has tried."""
         if self._claims is None:
             return self._search.ask()
         self._take_shared_results()
-        if self._proposed + self.progress.other_workers >= self._max_trials:
+        if self._proposed + self.progress.other_tuners >= self._max_trials:
             self._claimed_elsewhere.clear()
             return None
         while (config := self._search.ask()) is not None:
             if self._claims.claim(config):
                 return config
             self._claimed_elsewhere.append(config)
-        # Claims of dead workers expire, so the job is not done until the results of all claims are known.
+        # Claims of dead tuners expire, so the job is not done until the results of all claims are known.
         self._claimed_elsewhere = [config for config in self._claimed_elsewhere if config not in self._shared_configs]
         free = next((config for config in self._claimed_elsewhere if self._claims.claim(config)), None)
         if free is not None:
@@ -237,7 +237,7 @@ class JobRun:
         return free
 
     def _take_shared_results(self) -> None:
-        """Take in the results that workers elsewhere finished since the last call."""
+        """Take in the results that other tuners finished since the last call."""
         if self._claims is None:
             return
         new_results = self._claims.new_results()
@@ -249,7 +249,7 @@ class JobRun:
         best = self._best_measured if new_results and self._measure else None
         if best is not None:
             self.progress.best = best
-        self.progress.other_workers = len(self._shared_configs) - self._shared_at_start
+        self.progress.other_tuners = len(self._shared_configs) - self._shared_at_start
 
     def _early_end(self, compiled: Reply) -> Reply | None:
         """The outcome that ends a trial after compiling: a failure, spills, too much shared memory.

@@ -51,7 +51,7 @@ class Tuner:
     measure    False to only compile and predict, which needs no GPU
     measuring  the measuring children by the index of their device; by default one for the first device
     compilers  the compiling children, or how many to start
-    storage    shares the jobs with workers elsewhere
+    storage    shares the jobs with other tuners
     refresh    for a refresh: the memory that names the few configs to time again (tuning/job.py)
 
     The tuner owns the given children too, and ends them.
@@ -72,7 +72,7 @@ class Tuner:
         if compilers is None or isinstance(compilers, int):
             compilers = start_compilers(compilers, len(self._measuring))
         self._pool = Pool(self._measuring, compilers)
-        self._runs = 0  # how many all calls of `tune_all` created: answers refer to a run by its number
+        self._runs = 0  # created so far, by all calls of `tune_all`: requests name their run by its number
 
     def __enter__(self) -> Tuner:
         return self
@@ -98,12 +98,12 @@ class Tuner:
         numbers = itertools.count(self._runs)
         self._runs += len(jobs)
         # Created lazily: the results of a place are read from the store at that moment.
-        runs = ((next(numbers), self._run(job, trials)) for job in jobs)
+        runs = ((next(numbers), self._create_run(job, trials)) for job in jobs)
         # A refresh compiles few configs for each job, so compilers work for several jobs at a time.
         compile_ahead_runs = max(len(self._measuring), self._pool.compilers // 2 if self._refresh else 1)
         return Scheduler(self._pool, runs, list(self._measuring), compile_ahead_runs).run_all(time_budget_s, watcher)
 
-    def _run(self, job: Job, trials: int) -> JobRun:
+    def _create_run(self, job: Job, trials: int) -> JobRun:
         if self._refresh is not None:
             # At least the chosen config and the default.
             only_configs = refresh_configs(job, self._refresh)[: max(trials, 2)]
@@ -116,7 +116,7 @@ class Tuner:
                 only_configs=only_configs,
                 results=results,
             )
-        # Predictions are not shared: they would keep measuring workers from trying the config.
+        # Predictions are not shared: they would keep measuring tuners from trying the config.
         claims = (
             self._storage.claims(job.place, program_key(job)) if self._storage is not None and self._measure else None
         )

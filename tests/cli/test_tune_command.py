@@ -246,7 +246,7 @@ def test_a_second_worker_reuses_the_results_of_the_first(fake_h200: None, store:
 
 
 def test_predictions_are_not_shared(store: Store, tmp_path: Path) -> None:
-    """Other workers would take a config that was only compiled as tried."""
+    """Other tuners would take a config that was only compiled as tried."""
     result = run("tune", *CALL, *FEW, "--storage", f"journal:{tmp_path / 'journal'}")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: --storage: there is no CUDA device here")

@@ -16,7 +16,7 @@ from parallax_gen.cli import doctor
 from parallax_gen.codegen.fingerprint import fingerprint
 from parallax_gen.codegen.render import render
 from parallax_gen.memory.bounds import LONGEST_DETAIL, LONGEST_LINE, MAX_INT, MAX_US, MIN_US
-from parallax_gen.memory.old import MAX_READ
+from parallax_gen.memory.old import MAX_IN_RECORDS
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.problem.hardware import GPUS
@@ -80,7 +80,7 @@ def test_values_at_the_bounds_are_read_by_every_command(store: Store, tmp_path: 
     """For an unknown card, kernel and sizes, and for the ones that calls look up."""
     ints = dict.fromkeys(("registers", "spills", "shared_bytes"), MAX_INT)
     texts = {"detail": "\n\x1b[31m" + "CUDA " * (LONGEST_DETAIL // 6), "source": "x" * LONGEST_LINE}
-    paged = KernelSpec("decode_varlen", 256, "bf16", **MAX_READ)
+    paged = KernelSpec("decode_varlen", 256, "bf16", **MAX_IN_RECORDS)
     sizes = Bucket(LARGEST_SIZE, LARGEST_SIZE, LARGEST_SIZE)
     strange = DecodeConfig(2**31 - 1, 0, 7, "x" * 64, 0, 2**31 - 1)
     rows = [

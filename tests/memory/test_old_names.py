@@ -79,25 +79,25 @@ def test_a_result_replaces_its_row_under_old_names(tmp_path: Path) -> None:
         assert store.all() == [newer]
 
 
-def test_a_config_tried_by_a_worker_of_an_old_version_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_tried_by_a_tuner_of_an_old_version_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of both versions share a study."""
     storage = optuna.storages.InMemoryStorage()
     result = dkdv_record(500.0)
 
-    def worker(name: str) -> SharedClaims:
+    def tuner(name: str) -> SharedClaims:
         return SharedClaims(storage, result.place, "program", name, 60.0, nullcontext)
 
     with monkeypatch.context() as then:
         then.setattr(
             "parallax_gen.tuning.claims.config_to_json", lambda config: _with_old_names(config_to_json(config))
         )
-        before = worker("before")
+        before = tuner("before")
         assert before.claim(result.config)
         before.finish(result)
     (study,) = storage.get_all_studies()
     (trial,) = storage.get_all_trials(study._study_id)
     assert "HEAD_GROUP" in trial.user_attrs["config"]
-    now = worker("now")
+    now = tuner("now")
     assert not now.claim(result.config)
     assert now.claim(replace(result.config, num_warps=2))
     assert now.new_results() == [result]

@@ -108,14 +108,12 @@ def test_near_buckets_of_decode_have_priority_over_the_default_along_keys_first(
     default = default_of(DECODE, GPU)
     config = dataclasses.replace(default, num_stages=5 - default.num_stages % 2)
     order = [near(8, 2048), near(8, 8192), near(8, 1024), near(8, 16384), near(4, 4096), near(16, 4096)]
-    neighbour_records = [
-        record(9.0 - n, config, place) for n, place in enumerate(order)
-    ]  # the fastest is not the nearest
-    result = list(ranked(DECODE, GPU, RecordTable(neighbour_records)))
-    assert [c.tier for c in result] == [Tier.NEIGHBOUR] * len(order) + [Tier.DEFAULT]
+    near_records = [record(9.0 - n, config, place) for n, place in enumerate(order)]  # the fastest is not the nearest
+    result = list(ranked(DECODE, GPU, RecordTable(near_records)))
+    assert [c.tier for c in result] == [Tier.NEAR_BUCKET] * len(order) + [Tier.DEFAULT]
     assert [c.record.place for c in result[:-1] if c.record] == order
     own = record(99.0, config, DECODE, **OLD)
-    assert best(DECODE, GPU, RecordTable([*neighbour_records, own])).record == own
+    assert best(DECODE, GPU, RecordTable([*near_records, own])).record == own
     further = [near(8, 32768), near(32, 4096), dataclasses.replace(near(8, 2048), gpu="h100")]
     assert best(DECODE, GPU, RecordTable(record(1.0, config, place) for place in further)).record is None
 
@@ -124,8 +122,8 @@ def test_near_buckets_of_decode_have_priority_over_the_default_along_keys_first(
 def test_near_buckets_of_other_ops_are_not_borrowed(spec: KernelSpec) -> None:
     place = Place(GPU.name, spec, Bucket(8, 1 if spec.public_op == "decode" else 4096, 4096))
     bucket = dataclasses.replace(place.bucket, seqlen_kv=8192)
-    neighbour_record = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
-    assert best(place, GPU, RecordTable([neighbour_record])).record is None
+    near_record = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
+    assert best(place, GPU, RecordTable([near_record])).record is None
 
 
 def test_the_smallest_buckets_have_near_buckets() -> None:

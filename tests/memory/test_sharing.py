@@ -19,7 +19,7 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import (
     RecordTable,
     Tier,
-    borrowable_neighbours,
+    borrowable_near_places,
     default_of,
     evidence_of,
     representative_records,
@@ -80,7 +80,7 @@ def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig
         place = replace(place, bucket=Bucket(8, 4096, 4096))
     around = [
         replace(p, gpu=gpu)
-        for p in (place, place, *borrowable_neighbours(place)[:3])
+        for p in (place, place, *borrowable_near_places(place)[:3])
         for gpu in ("h200", "h200", "h100")
     ]
     results = [random_result(draw, draw.choice(around), kernels[place.spec]) for _ in range(draw.randint(0, 16))]
@@ -119,7 +119,7 @@ def test_both_ranks_rank_alike_for_random_records(full: bool) -> None:
         received_records = received(shared)
         seen["sent"] += len(shared)
         seen["held"] += len(memory.held)
-        places = dict.fromkeys([place, *borrowable_neighbours(place), *places_served(memory.held, card)])
+        places = dict.fromkeys([place, *borrowable_near_places(place), *places_served(memory.held, card)])
         chosen = {place: list(launch_candidates(place, card, memory)) for place in places}
         for place, expected in chosen.items():
             assert list(launch_candidates(place, card, received_records)) == expected
@@ -173,7 +173,7 @@ def test_failures_on_rank_0_prevent_borrowing_on_other_ranks() -> None:
     assert next(launch_candidates(DECODE, GPU, received(shared))).tier == Tier.DEFAULT
     assert (
         next(launch_candidates(replace(DECODE, bucket=Bucket(16, 1, 16384)), GPU, received(shared))).tier
-        == Tier.NEIGHBOUR
+        == Tier.NEAR_BUCKET
     )
 
 

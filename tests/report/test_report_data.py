@@ -51,7 +51,7 @@ def test_a_study_is_a_place_with_its_trials_in_the_order_they_were_tried(store: 
     (entry,) = report(store).shown
     assert [trial.time_us for trial in entry.trials] == [235.0, 250.0, 230.0]
     assert [result.time_us for result in entry.results] == [230.0, 235.0, 250.0, 260.0]
-    assert entry.known_as == "measured"
+    assert entry.status == "measured"
     assert entry.state == "measured"
     # 256 caches of 8192 keys and values, 128 wide in bf16, and 1024 rows of q, r and o; 4.8 TB/s.
     assert entry.fraction_of_bound == pytest.approx((2 * 256 * 8192 + 3 * 1024) * 128 * 2 / 4.8e12 / 230e-6)
@@ -212,7 +212,7 @@ def test_a_history_shows_every_trial_and_the_best_so_far(store: Store) -> None:
 def test_shipped_records_have_no_history(store: Store) -> None:
     write_shipped([make_record(250.0)], "h200")
     (entry,) = report(store).shown
-    assert entry.known_as == "shipped"
+    assert entry.status == "shipped"
     assert history(entry) is None
 
 

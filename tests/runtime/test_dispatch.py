@@ -82,7 +82,7 @@ def test_a_record_of_the_bucket_is_used_for_every_shape_in_it(store: Store, tmp_
     for seqlen in (2900, 4096, 5792):
         assert choose(SPEC, replace(SHAPE, seqlen_kv=seqlen), GPU, memory).config == CONFIG
     longer = choose(SPEC, replace(SHAPE, seqlen_kv=5800), GPU, memory)
-    assert (longer.candidate.tier, longer.config) == (Tier.NEIGHBOUR, CONFIG)
+    assert (longer.candidate.tier, longer.config) == (Tier.NEAR_BUCKET, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_choices_from_random_records_are_valid() -> None:
             assert choice.config == default_of(choice.place, card)
             continue
         assert (record.config, record.outcome) == (choice.config, "ok")
-        if choice.candidate.tier == Tier.NEIGHBOUR:
+        if choice.candidate.tier == Tier.NEAR_BUCKET:
             assert record.place in near_places(choice.place)
         else:
             assert record.place in (choice.place, *sibling_places(choice.place, card))

@@ -1,4 +1,4 @@
-"""A program for tests of shared storages: one of several workers that share a job, on a simulated machine.
+"""A program for tests of shared storages: one of several tuners that share a job, on a simulated machine.
 
 usage: shared_tune.py DATABASE STORAGE SEED     prints every config before it measures it
 """
@@ -23,7 +23,7 @@ from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.messages import TRIAL_MS, Reply
 
-LEASE_S = 10.0  # four workers share two cores, so a heartbeat may be seconds late
+LEASE_S = 10.0  # four tuners share two cores, so a heartbeat may be seconds late
 JOB = Job(KernelSpec("preprocess", 128, "bf16"), Bucket(16, 1024, 1024), GPUS["h200"])
 
 

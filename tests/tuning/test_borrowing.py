@@ -1,4 +1,4 @@
-"""The evaluation of borrowing, on small sets of records with known losses."""
+"""The evaluation of borrowing, on small sets of records with known slowdowns."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def judged(memory: list[Result], truth: list[Result] = TRUTH) -> list[Borrowed]:
 
 
 def test_choices_and_losses_as_records_are_left_out() -> None:
-    result = [(choice.left_out, choice.choice, choice.config, choice.loss) for choice in judged(MEMORY)]
+    result = [(choice.left_out, choice.choice, choice.config, choice.slowdown) for choice in judged(MEMORY)]
     assert result.pop(3)[0] == "this bucket"  # what the ranking would then choose
     assert result == [
         ("nothing", FIRST, OURS, 1.0),
@@ -79,7 +79,7 @@ def test_choices_and_losses_as_records_are_left_out() -> None:
         ("this card", "a sibling card", SIBLINGS, pytest.approx(1.2)),
         ("this bucket", NEAREST, NEARS, pytest.approx(1.3)),
     ]
-    assert {choice.default_loss for choice in judged(MEMORY)} == {1.5}
+    assert {choice.default_slowdown for choice in judged(MEMORY)} == {1.5}
     assert [choice.choice for choice in judged([])] == [DEFAULTS] * 4
 
 
@@ -102,7 +102,7 @@ def test_the_nearest_bucket_has_equal_rows_and_a_usable_record() -> None:
 
 def test_a_choice_without_a_time_has_no_loss() -> None:
     choices = judged(MEMORY, [record(10.0, OURS), record(15.0, DEFAULT)])
-    assert choices[1].loss is None
+    assert choices[1].slowdown is None
     lines = {line.choice: line for line in summarise(choices)}
     line = lines["another toolchain"]
     assert (line.places, line.unmeasured, line.mean, line.default_worst) == (0, 1, None, None)
@@ -125,7 +125,7 @@ def test_a_summary_compares_choice_and_default_at_the_same_places() -> None:
 
 def test_the_newest_time_of_a_config_counts_and_single_configs_are_skipped() -> None:
     (measured,) = comparable_times([*TRUTH, record(20.0, OURS, day=2), record(1.0, OURS, **OLD)])
-    assert measured.loss(OURS) == pytest.approx(20 / 11)
+    assert measured.slowdown(OURS) == pytest.approx(20 / 11)
     failed = dataclasses.replace(record(1.0, OTHERS), outcome="wrong")
     elsewhere = record(1.0, OURS, at("a card of nobody's"))
     for few in ([], TRUTH[:1], [TRUTH[0], failed], [elsewhere, dataclasses.replace(elsewhere, config=OTHERS)]):
@@ -169,4 +169,4 @@ def test_the_evidence_has_62_places_with_the_defaults_time(path: Path) -> None:
     records = read_results(path)
     assert len({record.place for record in records}) == 62
     for measured in comparable_times(records):
-        assert measured.loss(default_of(measured.place, GPU)) is not None
+        assert measured.slowdown(default_of(measured.place, GPU)) is not None

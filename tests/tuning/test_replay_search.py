@@ -9,12 +9,12 @@ import pytest
 from sweep_samples import CARD, RECORDED, synthetic_results
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.tuning.search.recorded_sweep import TUNERS, read_sweep, regrets, replay_searches, sweep_of
+from parallax_gen.tuning.search.recorded_sweep import TUNER_STRATEGY, read_sweep, regrets, replay_searches, sweep_of
 
 SWEEP = sweep_of(synthetic_results(), CARD)
 
 
-@pytest.mark.parametrize("strategy", [TUNERS, "model", "corrected", "random"])
+@pytest.mark.parametrize("strategy", [TUNER_STRATEGY, "model", "corrected", "random"])
 def test_regret_is_zero_after_all_trials(strategy: str) -> None:
     result = regrets(SWEEP, strategy, seed=0, trials=1000)
     assert len(result) == len(SWEEP.results)
@@ -60,5 +60,5 @@ def test_an_unknown_sampler_is_refused() -> None:
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
 def test_ours_is_within_2_percent_of_the_best_in_a_tenth_of_the_trials(path: Path) -> None:
     sweep = read_sweep(path)
-    result = regrets(sweep, TUNERS, seed=0, trials=len(sweep.results) // 10)
+    result = regrets(sweep, TUNER_STRATEGY, seed=0, trials=len(sweep.results) // 10)
     assert result[-1] <= 0.02

@@ -1,4 +1,4 @@
-"""Several workers share a job through Optuna's storages: a real PostgreSQL, and a journal file."""
+"""Several tuners share a job through Optuna's storages: a real PostgreSQL, and a journal file."""
 
 from __future__ import annotations
 
@@ -90,21 +90,21 @@ def measured(folder: Path, number: int) -> list[str]:
     return (folder / f"{number}.txt").read_text(encoding="utf-8").splitlines()
 
 
-def test_workers_try_every_config_once_even_if_one_is_killed(url: str, tmp_path: Path) -> None:
-    """Every worker has all results, including those of the killed worker, whose unfinished config another one tries."""
-    workers = {number: work(tmp_path, url, number) for number in range(4)}
+def test_tuners_try_every_config_once_even_if_one_is_killed(url: str, tmp_path: Path) -> None:
+    """Every tuner has all results, including those of the killed tuner, whose unfinished config another one tries."""
+    tuners = {number: work(tmp_path, url, number) for number in range(4)}
     while len(measured(tmp_path, 0)) < 2:
-        assert workers[0].poll() is None
+        assert tuners[0].poll() is None
         time.sleep(0.01)
-    workers[0].kill()
-    for number, worker in workers.items():
-        assert worker.wait(100) == (-9 if number == 0 else 0)
-    tried = Counter(config for number in workers for config in measured(tmp_path, number))
+    tuners[0].kill()
+    for number, tuner in tuners.items():
+        assert tuner.wait(100) == (-9 if number == 0 else 0)
+    tried = Counter(config for number in tuners for config in measured(tmp_path, number))
     assert set(tried) == {config_to_json(config) for config in CONFIGS}
     unfinished = {measured(tmp_path, 0)[-1]}
     assert {config for config, count in tried.items() if count > 1} <= unfinished
-    assert min(len(measured(tmp_path, number)) for number in workers) > 0
-    longest = max(workers, key=lambda number: (tmp_path / f"{number}.db").stat().st_mtime)
+    assert min(len(measured(tmp_path, number)) for number in tuners) > 0
+    longest = max(tuners, key=lambda number: (tmp_path / f"{number}.db").stat().st_mtime)
     with Store(tmp_path / f"{longest}.db") as store:
         results = store.results(JOB.place)
     assert {r.config for r in results} == set(CONFIGS)
@@ -149,7 +149,7 @@ def test_claims_and_new_results(url: str) -> None:
     assert len(shared_claims(url, 1)[0].new_results()) == 3
 
 
-def test_workers_with_other_programs_do_not_share_claims(url: str) -> None:
+def test_tuners_with_other_programs_do_not_share_claims(url: str) -> None:
     (first,) = shared_claims(url, 1)
     other = Storage(url).claims(JOB.place, "another kernel, Triton 9.9")
     assert first.claim(CONFIGS[0])
@@ -166,24 +166,24 @@ def test_a_released_config_can_be_claimed(url: str) -> None:
     second.release()
 
 
-def test_the_claim_of_a_dead_worker_expires(url: str) -> None:
+def test_the_claim_of_a_dead_tuner_expires(url: str) -> None:
     gone, second = shared_claims(url, 2, lease_s=4.0)
     assert gone.claim(CONFIGS[3])
     assert not second.claim(CONFIGS[3])
     time.sleep(4.1)
     second.heartbeat()
     assert second.claim(CONFIGS[3])
-    gone.finish(ok(3, 1.0))  # the worker was only late: its result is accepted, but its claim is lost
+    gone.finish(ok(3, 1.0))  # the tuner was only late: its result is accepted, but its claim is lost
     assert not gone.claim(CONFIGS[3])
     second.finish(ok(3))
     assert 10.0 in [r.time_us for r in shared_claims(url, 1)[0].new_results()]
 
 
 @pytest.mark.parametrize("heartbeat", ["soon", None, [], 1e308, 9e9, -1e308])
-def test_a_worker_with_an_invalid_heartbeat_counts_as_dead(url: str, heartbeat: object) -> None:
+def test_a_tuner_with_an_invalid_heartbeat_counts_as_dead(url: str, heartbeat: object) -> None:
     gone, second = shared_claims(url, 2)
     assert gone.claim(CONFIGS[5])
-    gone._storage.set_study_user_attr(gone._study, f"worker {gone._worker}", heartbeat)
+    gone._storage.set_study_user_attr(gone._study, f"worker {gone._tuner}", heartbeat)
     assert not second.others_have_claims()
     assert second.claim(CONFIGS[5])
     second.release()

@@ -76,7 +76,7 @@ def _tiles_us(
             2 * MATMULS[spec.op] * shape.batch * shape.heads * spec.head_dim * shape.seqlen_q
         )
         rate *= keys_per_query / (keys_per_query + (owned + streamed) / (1 if shape.window else 2))
-    # A last wave of few programs takes as long as a full one, but long causal launches end with short rows.
+    # A last wave of few programs takes as long as a full one, but long causal launches end with programs of few keys.
     waves = programs / (gpu.sms * max_resident)
     idle = 1.0 if spec.causal and waves > 2 else math.ceil(waves) / waves
     return max(work.flops / rate * idle, work.bytes / gpu.bandwidth) * 1e6
@@ -120,9 +120,9 @@ def _cache_us(
 ) -> float:
     """Decode: bound by memory, at a rate limited by the loads in flight on each multiprocessor; then the merge."""
     steps = math.ceil(shape.seqlen_kv / config.BLOCK_N)
-    longest = math.ceil(steps / config.NUM_SPLITS)
-    # With per-sequence lengths, no split has fewer blocks than `longest`.
-    splits = math.ceil(steps / longest) if op.per_sequence_lengths else config.NUM_SPLITS
+    steps_per_split = math.ceil(steps / config.NUM_SPLITS)
+    # With per-sequence lengths a split has at least this many steps, so there may be fewer than NUM_SPLITS.
+    splits = math.ceil(steps / steps_per_split) if op.per_sequence_lengths else config.NUM_SPLITS
     tiles = shape.batch * shape.kv_heads * math.ceil(spec.group * shape.seqlen_q / config.BLOCK_H)
     step_bytes = 2 * spec.head_dim * spec.cache_bytes * config.BLOCK_N
     # Few keys per warp need many sums across threads, many keys need many registers. chain_us: the latency of a step's
@@ -166,7 +166,7 @@ _TIMES: dict[OpKind, Callable[[Any, KernelSpec, Any, Shape, Gpu, int], float]] =
 # are off by about 20 of 255, spills by a factor of two. The guess ranks configs nearly as well as the compiled
 # resources do.
 
-POSTPONED = 100  # decode may lack this many registers without spills: it then loads keys and values later
+LATE_LOAD_REGISTERS = 100  # decode may lack this many without spills: it then loads keys and values later
 
 
 def guess_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> float:
@@ -194,7 +194,7 @@ def _guess_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, g
     # addresses.
     sums = 2 * config.BLOCK_H * (spec.head_dim + config.BLOCK_N)
     needed = 40 + (sums + config.BLOCK_N * spec.head_dim) // (32 * config.num_warps)
-    spills = 4 * max(0, needed - MAX_REGISTERS_PER_THREAD - POSTPONED)
+    spills = 4 * max(0, needed - MAX_REGISTERS_PER_THREAD - LATE_LOAD_REGISTERS)
     return Resources(min(MAX_REGISTERS_PER_THREAD, needed), spills, op.shared_bytes(spec, config, gpu))
 
 

@@ -203,8 +203,8 @@ def _from_line(header: dict[str, Any], data: object) -> Result:
 
 # -- Searches replayed on recorded sweeps, without a GPU: after how many trials each sampler is near the best config.
 
-TUNERS = "ours"  # the strategy of the tuner: the default config first, then the default sampler
-STRATEGIES = (TUNERS, *SAMPLERS)
+TUNER_STRATEGY = "ours"  # the strategy of the tuner: the default config first, then the default sampler
+STRATEGIES = (TUNER_STRATEGY, *SAMPLERS)
 NEAR = 0.02  # a regret: two measurements of one config may differ by this fraction
 
 
@@ -253,10 +253,10 @@ def regrets(sweep: Sweep, strategy: str, seed: int, trials: int) -> list[float]:
     search = Search(
         place.spec,
         gpu,
-        first=[default_config(place.spec, shape, gpu)] if strategy == TUNERS else [],
+        first=[default_config(place.spec, shape, gpu)] if strategy == TUNER_STRATEGY else [],
         seed=seed,
         guess=lambda config: guess_us(place.spec, config, shape, gpu),
-        sampler=None if strategy == TUNERS else strategy,
+        sampler=None if strategy == TUNER_STRATEGY else strategy,
         among=costs,
     )
     regrets_so_far: list[float] = []

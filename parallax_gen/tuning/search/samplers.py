@@ -15,7 +15,7 @@ from parallax_gen.ops.base import KernelConfig, Value
 # Predicts a config's cost, in the unit of the cost.
 Guess = Callable[[KernelConfig], float]
 
-RIDGE_STRENGTH = 3.0  # as many added observations with error 0: a single true one gets a weight of a quarter
+RIDGE_STRENGTH = 3.0  # acts like 3 more observations with error 0, so a single real one gets a weight of a quarter
 OPTIMISM = 0.1  # a bonus in log time for a knob value that was never tried: it is expected to be faster than its guess
 FAILURE_PENALTY = math.log(4.0)  # the log error of a failed config: as if it were four times slower than its guess
 FIT_PASSES = 3  # passes of the fit over all knobs; each starts from the result of the one before

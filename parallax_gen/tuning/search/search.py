@@ -134,21 +134,21 @@ class _Optuna:
         self._study = optuna.create_study(sampler=sampler)
         self._pending: dict[KernelConfig, optuna.Trial] = {}
         self._worst: float | None = None
-        self._patience = MAX_FUTILE_ASKS
+        self._max_asks = MAX_FUTILE_ASKS
 
     def propose(self, untried: Collection[KernelConfig]) -> KernelConfig | None:
-        for _ in range(self._patience):
+        for _ in range(self._max_asks):
             trial = self._study.ask(self._distributions)
             values = {n: self._choices[n][v] if self._ordered else v for n, v in trial.params.items()}
             config = coerce(self._spec, values)
             if config in untried:
                 self._pending[config] = trial
-                self._patience = min(MAX_FUTILE_ASKS, 2 * self._patience)
+                self._max_asks = min(MAX_FUTILE_ASKS, 2 * self._max_asks)
                 return config
             # Samplers learn nothing from a failure. Ordered ones would propose the same again, so they get a bad cost.
             bad = self._worst if self._ordered else None
             self._study.tell(trial, bad, state=TrialState.FAIL if bad is None else None)
-        self._patience = max(1, self._patience // 2)
+        self._max_asks = max(1, self._max_asks // 2)
         return None
 
     def learn(self, config: KernelConfig, cost: float | None) -> None:

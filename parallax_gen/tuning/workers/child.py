@@ -115,7 +115,7 @@ def compile_instance(request: Compile) -> Reply:
 
 
 def measure_instance(request: Measure) -> Reply:
-    """Check an instance at an awkward shape and at its own, then time it at its own."""
+    """Check an instance at a small shape, which no tile divides, and at its own shape; then time it at its own."""
     from triton.runtime.errors import OutOfResources
 
     from parallax_gen.oracle import verify
@@ -133,14 +133,14 @@ def measure_instance(request: Measure) -> Reply:
         verdict = verify.launch_and_check(source, spec, config, inputs, expected)
         if verdict.wrong:
             return Reply(Outcome.WRONG, f"at {shape}: {verdict.wrong}", error=verdict.error)
-        batches = _batches(instance, inputs)
+        timed_inputs = _timed_inputs(instance, inputs)
         timing = time_call(
-            _call(instance, batches),
+            _call(instance, timed_inputs),
             timed_ms=request.timed_ms,
-            give_up_us=request.give_up_us * len(batches),
+            give_up_us=request.give_up_us * len(timed_inputs),
             in_bursts=request.in_bursts,
             memory_bound=not bound_by_matmuls(spec.op),
-        ).per_launch(len(batches))
+        ).per_launch(len(timed_inputs))
     except BuildError as error:
         return Reply(Outcome.COMPILE, str(error))
     except OutOfResources as error:
@@ -176,14 +176,14 @@ def measure_interleaved(request: MeasureInterleaved) -> Reply:
 
     first = request.instances[0]
     inputs, _ = _inputs_and_oracle(first.spec, first.shape)
-    batches = _batches(first, inputs)
-    calls = [_call(instance, batches) for instance in request.instances]
+    timed_inputs = _timed_inputs(first, inputs)
+    calls = [_call(instance, timed_inputs) for instance in request.instances]
     memory_bound = not bound_by_matmuls(first.spec.op)
     timings = time_interleaved(calls, timed_ms=request.timed_ms, in_bursts=request.in_bursts, memory_bound=memory_bound)
-    return Reply(Outcome.OK, timings=tuple(timing.per_launch(len(batches)) for timing in timings))
+    return Reply(Outcome.OK, timings=tuple(timing.per_launch(len(timed_inputs)) for timing in timings))
 
 
-def _batches(instance: KernelInstance, inputs: Inputs) -> list[Inputs]:
+def _timed_inputs(instance: KernelInstance, inputs: Inputs) -> list[Inputs]:
     """The inputs that an instance is timed on: `inputs`, and copies with each of the other sequence lengths."""
     import torch
 
@@ -192,13 +192,13 @@ def _batches(instance: KernelInstance, inputs: Inputs) -> list[Inputs]:
     return [inputs, *(dataclasses.replace(inputs, cache_seqlens=lengths) for lengths in tensors)]
 
 
-def _call(instance: KernelInstance, batches: list[Inputs]) -> Callable[[], object]:
-    """A call that launches an instance's kernel on each of the batches."""
+def _call(instance: KernelInstance, timed_inputs: list[Inputs]) -> Callable[[], object]:
+    """A call that launches an instance's kernel on each of the timed inputs."""
     from parallax_gen.oracle.inputs import softmax_scale
 
     launch = load(render(instance.spec, instance.config, instance.gpu)).launch
     scale = softmax_scale(instance.spec)
-    launches = [prepare(instance.spec, instance.config, inputs).arguments(scale) for inputs in batches]
+    launches = [prepare(instance.spec, instance.config, inputs).arguments(scale) for inputs in timed_inputs]
     return lambda: [launch(*arguments) for arguments in launches]
 
 
@@ -208,7 +208,7 @@ def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected
     It runs only once for kernels of a training step that are measured one after the other.
     """
     if op_of(spec).kind is not OpKind.TILES:
-        return _inputs_and_oracle_of_one(spec, shape)
+        return _inputs_and_oracle_of_kernel(spec, shape)
     step = _training_step(step_spec(spec), shape)
     return step.inputs, step.expected(spec)
 
@@ -217,12 +217,12 @@ def _inputs_and_oracle(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected
 def _training_step(spec: KernelSpec, shape: Shape) -> TrainingStep:
     from parallax_gen.oracle.verify import TrainingStep
 
-    _inputs_and_oracle_of_one.cache_clear()  # the device's memory has room for one of the two caches
+    _inputs_and_oracle_of_kernel.cache_clear()  # the device's memory has room for one of the two caches
     return TrainingStep(spec, shape, seed=random.randrange(2**31), device="cuda")
 
 
 @lru_cache(maxsize=1)
-def _inputs_and_oracle_of_one(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected]:
+def _inputs_and_oracle_of_kernel(spec: KernelSpec, shape: Shape) -> tuple[Inputs, Expected]:
     from parallax_gen.oracle import verify
     from parallax_gen.oracle.inputs import random_inputs_of
 
@@ -237,7 +237,7 @@ def free_cached_inputs() -> None:
     import torch
 
     _training_step.cache_clear()
-    _inputs_and_oracle_of_one.cache_clear()
+    _inputs_and_oracle_of_kernel.cache_clear()
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):  # the device is lost
             torch.cuda.empty_cache()

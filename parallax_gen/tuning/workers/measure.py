@@ -23,14 +23,14 @@ from parallax_gen.tuning.workers.messages import Timing
 # of 0.05, 0.1 and 0.2 s, within 0.3 %. Kernels bound by memory, decode and preprocess, are timed without pauses: they
 # are far from the power limit, and their few microseconds suffer from clocks that fell during a pause.
 #
-# For decode_varlen one call launches on each batch of `ops.space.timed_lengths`, and the result is the mean per launch.
+# For decode_varlen one call launches with each of `ops.space.timed_lengths`; the result is the mean per launch.
 #
 # The driver clears freed memory in the background: for 50 to 100 ms after 10 to 30 GB were freed, kernels bound by
 # memory took a fifth longer on an H100. Capturing a graph frees the memory of the check before it. So if that was much,
 # the timing of kernels bound by memory waits.
 #
-# Bursts, several batches and this wait were added without raising the version: a tune begins with its bucket's shipped
-# configs, and its finals time the fastest config again, so that an old time never beats a new one.
+# Bursts, several lengths per call and this wait were added without raising the version: a tune begins with its bucket's
+# shipped configs, and its finals time the fastest config again, so that an old time never beats a new one.
 CALLS_PER_GRAPH = 20
 GRAPH_US = 2000.0  # a graph has fewer calls than CALLS_PER_GRAPH if these would take longer than this
 WARM_MS = 5.0  # of replays before the timed ones

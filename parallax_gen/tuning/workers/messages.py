@@ -36,7 +36,7 @@ class Compile:
 
 @dataclass(frozen=True)
 class Measure:
-    """Check against the oracle, then time for about timed_ms; a call slower than give_up_us is timed only briefly."""
+    """Check against the oracle, then time for about timed_ms, by `measure.time_call`."""
 
     instance: KernelInstance
     give_up_us: float = float("inf")
@@ -75,9 +75,10 @@ class Timing:
     calls_per_graph: int
     replays: int
 
-    def per_launch(self, parts: int) -> Timing:
-        """The mean timing of one launch, for a call that made `parts` launches."""
-        return replace(self, median_us=self.median_us / parts, p20_us=self.p20_us / parts, p80_us=self.p80_us / parts)
+    def per_launch(self, launches: int) -> Timing:
+        """The mean timing of one launch, for a call that made `launches` launches."""
+        median_us, p20_us, p80_us = (us / launches for us in (self.median_us, self.p20_us, self.p80_us))
+        return replace(self, median_us=median_us, p20_us=p20_us, p80_us=p80_us)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class WorkerProtocol(Protocol):
 @dataclass(frozen=True)
 class _Compilation:
     owner: int
-    source: str
+    source_key: str
     request: Compile
 
 
@@ -77,7 +77,7 @@ class Pool:
         self._to_measure: dict[int, SimpleQueue[tuple[int, WorkerRequest] | None]] = {
             d: SimpleQueue() for d in measuring
         }
-        self._held: dict[str, deque[_Compilation]] = {}  # source being compiled -> requests that wait for it
+        self._held: dict[str, deque[_Compilation]] = {}  # key of a source being compiled -> requests that wait for it
         self._forgotten: set[int] = set()
         self._workers: list[WorkerProtocol] = []
         self._threads: list[Thread] = []
@@ -88,13 +88,13 @@ class Pool:
         for compiler in compilers:
             self._start_thread(compiler, self._compile_all, compiler)
 
-    def compile(self, owner: int, source: str, request: Compile) -> None:
-        """Queue a compilation. source: a key, equal for trials that render the same source."""
-        compilation = _Compilation(owner, source, request)
-        if source in self._held:
-            self._held[source].append(compilation)
+    def compile(self, owner: int, source_key: str, request: Compile) -> None:
+        """Queue a compilation. source_key: equal for instances that render the same source."""
+        compilation = _Compilation(owner, source_key, request)
+        if source_key in self._held:
+            self._held[source_key].append(compilation)
         else:
-            self._held[source] = deque()
+            self._held[source_key] = deque()
             self._to_compile.put(compilation)
 
     def measure(self, owner: int, device: int, request: WorkerRequest) -> None:
@@ -112,12 +112,12 @@ class Pool:
             return None
         if isinstance(reply, BaseException):
             raise reply
-        completed, source = reply
-        if source:
-            if self._held[source]:
-                self._to_compile.put(self._held[source].popleft())
+        completed, source_key = reply
+        if source_key:
+            if self._held[source_key]:
+                self._to_compile.put(self._held[source_key].popleft())
             else:
-                del self._held[source]
+                del self._held[source_key]
         return None if completed.device is None and completed.owner in self._forgotten else completed
 
     def forget(self, owner: int) -> None:
@@ -171,7 +171,9 @@ class Pool:
                 if forgotten  # nobody reads this reply
                 else self._ask(worker, compilation.request, COMPILE_TIMEOUT_S)
             )
-            self._completed.put((CompletedRequest(compilation.owner, compilation.request, reply), compilation.source))
+            self._completed.put(
+                (CompletedRequest(compilation.owner, compilation.request, reply), compilation.source_key)
+            )
 
     def _measure_all(self, worker: WorkerProtocol, device: int) -> None:
         cached: tuple[KernelSpec, Shape] | None = None  # the problem whose oracle results the child has cached
