@@ -32,9 +32,9 @@ class Finals:
 
     Times the fastest config again until the fastest is one that was already timed again. Then times it interleaved
     with the configs close to it, so that clocks and temperature are the same for all of them. Each new time replaces
-    the stored one. The interleaved times are scaled so that the best keeps its time. So a card that runs faster or
-    slower meanwhile changes the order of the interleaved configs only, not their order relative to the others. The
-    default is interleaved too, because its time shows what tuning gained.
+    the stored one. The interleaved times are scaled so that the best keeps its time: so these configs do not
+    overtake others, or fall behind them, because the card ran faster or slower meanwhile. The default is interleaved
+    too, because its time shows what tuning gained.
 
     After a refresh, which has just timed its configs, the closest are interleaved at once, unscaled.
     """

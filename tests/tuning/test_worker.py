@@ -151,20 +151,20 @@ def test_children_end_with_their_parent(hanging_ptxas: Path) -> None:
         parent.communicate()
 
 
-def test_decode_varlen_is_timed_on_each_batch_of_lengths() -> None:
+def test_decode_varlen_is_timed_with_each_of_several_lengths() -> None:
     spec, shape = KernelSpec("decode_varlen", 64, "bf16"), Shape(4, 2, 2, 1, 320)
-    trial = KernelInstance(spec, default_config(spec, shape, GPUS["h200"]), shape, GPUS["h200"])
+    instance = KernelInstance(spec, default_config(spec, shape, GPUS["h200"]), shape, GPUS["h200"])
     spread, *_ = timed_lengths(spec, shape)
     inputs = random_inputs_of(spec, shape, seed=0, device="cpu", full=True, lengths=spread)
-    batches = child._batches(trial, inputs)
-    assert [batch.cache_seqlens.tolist() for batch in batches if batch.cache_seqlens is not None] == [
+    timed = child._timed_inputs(instance, inputs)
+    assert [x.cache_seqlens.tolist() for x in timed if x.cache_seqlens is not None] == [
         [320, 101, 32, 10],
         [320, 10, 10, 10],
     ]
-    assert batches[0] is inputs
-    assert batches[1].k is inputs.k
-    even = replace(trial, spec=replace(spec, op="decode"))
-    assert child._batches(even, inputs) == [inputs]
+    assert timed[0] is inputs
+    assert timed[1].k is inputs.k
+    even = replace(instance, spec=replace(spec, op="decode"))
+    assert child._timed_inputs(even, inputs) == [inputs]
 
 
 def test_one_of_several_interleaved_timings() -> None:
