@@ -87,7 +87,7 @@ def format_counts(counts: Mapping[_Text, int]) -> str:
 
 # -- Sequence lengths: one for the whole batch, or one per sequence
 
-Runs = tuple[tuple[int, int], ...]  # run-length encoding in batch order: (sequences, keys of each)
+RunLengths = tuple[tuple[int, int], ...]  # run-length encoding in batch order: (sequences, keys of each)
 
 MAX_SEQUENCES = 2**20  # in a batch that is read from a file
 _MAX_LISTED = 40  # characters of a list of lengths
@@ -115,20 +115,20 @@ def with_lengths(shape: Shape, lengths: Sequence[int]) -> str:
 
 def lengths_to_text(lengths: Sequence[int]) -> str:
     """Sequence lengths in the format of `bench --lengths`: 4096,7x128; "" for no lengths."""
-    runs = [(len(list(run)), keys) for keys, run in itertools.groupby(lengths)]
-    return ",".join(str(keys) if count == 1 else f"{count}x{keys}" for count, keys in runs)
+    run_lengths = [(len(list(run)), keys) for keys, run in itertools.groupby(lengths)]
+    return ",".join(str(keys) if count == 1 else f"{count}x{keys}" for count, keys in run_lengths)
 
 
 def lengths_from_text(text: str) -> tuple[int, ...]:
     """The inverse of `lengths_to_text`. Raises ValueError on bad syntax, or too many sequences or keys for a batch."""
-    runs = parse_runs(text) if text else ()
-    if sum(count for count, _ in runs) > MAX_SEQUENCES or any(keys > LARGEST_SIZE for _, keys in runs):
+    run_lengths = parse_run_lengths(text) if text else ()
+    if sum(count for count, _ in run_lengths) > MAX_SEQUENCES or any(keys > LARGEST_SIZE for _, keys in run_lengths):
         raise ValueError(f"{text!r:.80}: more than {MAX_SEQUENCES} sequences, or {LARGEST_SIZE} keys")
-    return expand_runs(runs)
+    return expand_run_lengths(run_lengths)
 
 
-def parse_runs(text: str) -> Runs:
-    """Parse a text such as 4096,7x128 into runs. Raises ValueError."""
+def parse_run_lengths(text: str) -> RunLengths:
+    """Parse a text such as 4096,7x128 into run lengths. Raises ValueError."""
     if not _RUNS.fullmatch(text):
         raise ValueError(
             f"{text!r:.80} is not a list of keys per sequence, 1 or more each, such as 4096,128,128 or 4096,7x128"
@@ -137,6 +137,6 @@ def parse_runs(text: str) -> Runs:
     return tuple((int(count or 1), int(keys)) for count, _, keys in parts)
 
 
-def expand_runs(runs: Runs) -> tuple[int, ...]:
+def expand_run_lengths(run_lengths: RunLengths) -> tuple[int, ...]:
     """Each sequence's length."""
-    return tuple(keys for count, keys in runs for _ in range(count))
+    return tuple(keys for count, keys in run_lengths for _ in range(count))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from parallax_gen.describe import Runs, expand_runs, parse_runs
+from parallax_gen.describe import RunLengths, expand_run_lengths, parse_run_lengths
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, skewed_lengths, spread_lengths
@@ -35,9 +35,9 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Lengths:
-    """The parsed --lengths: the runs of one batch, or for every shape a pattern, by its name in PATTERNS."""
+    """The parsed --lengths: the run lengths of one batch, or for every shape a pattern, by its name in PATTERNS."""
 
-    runs: Runs = ()
+    run_lengths: RunLengths = ()
     pattern: str = ""
 
     @classmethod
@@ -47,7 +47,7 @@ class Lengths:
         if text in PATTERNS:
             return cls(pattern=text)
         try:
-            return cls(parse_runs(text))
+            return cls(parse_run_lengths(text))
         except ValueError as error:
             raise ValueError(f"{error}, and neither {' nor '.join(PATTERNS)}") from error
 
@@ -56,10 +56,10 @@ class Lengths:
         if self.pattern:
             lengths = PATTERNS[self.pattern](shape)
         else:
-            count, longest = sum(count for count, _ in self.runs), max(keys for _, keys in self.runs)
+            count, longest = sum(count for count, _ in self.run_lengths), max(keys for _, keys in self.run_lengths)
             if count != shape.batch or longest > shape.seqlen_kv:
                 raise CaseError(f"--lengths: {count} sequences of up to {longest} keys do not fit --shape {shape}")
-            lengths = expand_runs(self.runs)
+            lengths = expand_run_lengths(self.run_lengths)
         return () if set(lengths) == {shape.seqlen_kv} else lengths
 
 

@@ -65,7 +65,7 @@ class ProgressView:
         is_first, running.progress = running.progress is None, progress
         if is_first and progress.known:
             self._print(
-                f"{self._prefix(running)}{progress.known} configs have results from earlier runs: continuing from these"
+                f"{self._prefix(running)}{progress.known} configs have results of earlier tunes: continuing from these"
             )
         if self._live is None and progress.done and running.should_print(progress):
             running.last_line, running.shown_best = time.monotonic(), progress.best

@@ -75,11 +75,11 @@ class Call:
             named |= {"k": as_int32(x.k), "v": as_int32(x.v)}
         op = op_of(self.spec)
         tensors = [named[name] for name in (*op.inputs(self.spec), *op.written(self.spec), *op.lengths(self.spec))]
-        numbers = numbers_of(self.spec, softmax_scale, x.softcap, x.window_size, x.max_seqlen_q, x.max_seqlen_k)
-        return (*tensors, *self.scratch, *numbers)
+        scalars = launch_scalars(self.spec, softmax_scale, x.softcap, x.window_size, x.max_seqlen_q, x.max_seqlen_k)
+        return (*tensors, *self.scratch, *scalars)
 
 
-def numbers_of(
+def launch_scalars(
     spec: KernelSpec,
     softmax_scale: float,
     softcap: float | None,
@@ -87,7 +87,7 @@ def numbers_of(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> tuple[float, ...]:
-    """The numbers that `launch` takes after the tensors: scales, the window, and the longest sequences."""
+    """The scalars that `launch` takes after the tensors: scales, the window, and the longest sequences."""
     named = {"softmax_scale": softmax_scale, "softcap": softcap or 0.0}
     named |= {"window_size": window_size, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     op = op_of(spec)

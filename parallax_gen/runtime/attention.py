@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import empty_row_stats, numbers_of
+from parallax_gen.codegen.abi import empty_row_stats, launch_scalars
 from parallax_gen.oracle.partial import partial_backward
 from parallax_gen.oracle.reference import (
     Gradients,
@@ -196,8 +196,8 @@ def _host_plan(request: Request) -> HostPlan | None:
 
 def _plan(spec: KernelSpec, shape: Shape, request: Request) -> LaunchPlan:
     scale = scale_or_default(request.softmax_scale, spec.head_dim)
-    numbers = numbers_of(spec, scale, request.softcap, shape.window, shape.seqlen_q, shape.seqlen_kv)
-    return plan_launch(spec, shape, numbers, request.q.device.index)
+    scalars = launch_scalars(spec, scale, request.softcap, shape.window, shape.seqlen_q, shape.seqlen_kv)
+    return plan_launch(spec, shape, scalars, request.q.device.index)
 
 
 def _problem(request: Request) -> tuple[KernelSpec, Shape]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from parallax_gen.codegen.abi import as_int32, numbers_of
+from parallax_gen.codegen.abi import as_int32, launch_scalars
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -353,9 +353,9 @@ def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
         softcap=request.softcap is not None,
     )
     scale = scale_or_default(request.softmax_scale, head_dim)
-    numbers = numbers_of(spec, scale, request.softcap, window, seqlen_q, 0)
+    scalars = launch_scalars(spec, scale, request.softcap, window, seqlen_q, 0)
     shape = Shape(batch, heads, kv_heads, seqlen_q, seqlen, window)
-    return plan_launch(spec, shape, numbers, q.device.index, CACHE_NAMES)
+    return plan_launch(spec, shape, scalars, q.device.index, CACHE_NAMES)
 
 
 CACHE_NAMES = {"k": "k_cache", "v": "v_cache"}  # the op's tensor names -> the request's field names

@@ -83,7 +83,7 @@ class LaunchPlan:
     """Launches a rendered module, always on tensors of the sizes and strides that the plan was made for.
 
     spec     of the module: its op says which tensors its `launch` takes
-    numbers  the scalars that `launch` takes after the tensors
+    scalars  those that `launch` takes after the tensors
     renamed  op's tensor name -> the request's field name, for tensors whose names differ
     """
 
@@ -91,7 +91,7 @@ class LaunchPlan:
         self,
         module: ModuleType,
         spec: KernelSpec,
-        numbers: tuple[float, ...],
+        scalars: tuple[float, ...],
         device: int,
         scratch: Scratch,
         renamed: Mapping[str, str] = MappingProxyType({}),
@@ -103,7 +103,7 @@ class LaunchPlan:
         self._given: Callable[[object], tuple[Tensor, ...]] = attrgetter(*given)
         # "q" is appended, and dropped later, because attrgetter of one name returns no tuple.
         self._lengths: Callable[[object], tuple[Tensor, ...]] | None = attrgetter(*lengths, "q") if lengths else None
-        self._numbers = numbers
+        self._scalars = scalars
         self._device = device
         self.scratch = scratch
         self._workspace = shared_workspace(device) if scratch.floats else None
@@ -138,27 +138,27 @@ class LaunchPlan:
                 states, counters = split_workspace(workspace, scratch)
             tensors = (*tensors, states, counters) if scratch.counters else (*tensors, states)
         if not are_aligned(tensors):
-            self._module.launch(*tensors, *self._numbers)
+            self._module.launch(*tensors, *self._scalars)
         elif self._direct is not None:
             launch_directly(self._direct, tensors, stream)
         elif not self._was_launched:
-            self._direct = launch_by_jit(self._module, tensors, self._numbers)
+            self._direct = launch_by_jit(self._module, tensors, self._scalars)
             self._was_launched = True
         else:  # these kernels cannot be launched directly
-            self._module.launch(*tensors, *self._numbers)
+            self._module.launch(*tensors, *self._scalars)
 
 
 def plan_launch(
     spec: KernelSpec,
     shape: Shape,
-    numbers: tuple[float, ...],
+    scalars: tuple[float, ...],
     device: int,
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> LaunchPlan:
-    """The plan to launch the best known kernel for `spec` at `shape`. numbers, renamed: see `LaunchPlan`."""
+    """The plan to launch the best known kernel for `spec` at `shape`. scalars, renamed: see `LaunchPlan`."""
     choice, module = default_dispatcher().kernel(spec, shape, gpu_of_device(device))
     scratch = op_of(spec).scratch(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
-    return LaunchPlan(module, spec, numbers, device, scratch, renamed)
+    return LaunchPlan(module, spec, scalars, device, scratch, renamed)
 
 
 def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:

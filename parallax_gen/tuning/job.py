@@ -70,8 +70,8 @@ def program_key(job: Job) -> str:
 class Progress:
     """The progress of a job.
 
-    known          how many results of earlier runs there were
-    outcomes       how many trials of this run had each outcome
+    known          how many results of earlier tunes there were
+    outcomes       how many trials of this tune had each outcome
     other_tuners  how many configs other tuners tried meanwhile, if the job is shared
     deadline       when its time budget ends, on time.monotonic's clock; math.inf before the budget starts
     """

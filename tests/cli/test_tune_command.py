@@ -84,7 +84,7 @@ def test_without_a_gpu_it_compiles_and_ranks(store: Store) -> None:
 
     second = run("tune", *CALL, *FEW, "--trials", "1")
     assert second.exit_code == 0, second.output
-    assert "4 configs have results from earlier runs" in second.stderr
+    assert "4 configs have results of earlier tunes" in second.stderr
     assert len(store.results(PLACE)) == 5
     assert f"database: {store.path}" in second.stdout
     assert "\x1b" not in second.output
@@ -312,7 +312,7 @@ def test_a_terminal_shows_live_progress() -> None:
         view.update(progress)
     text = screen.getvalue()
     assert "[1/3] h200: decode" in text
-    assert "7 configs have results from earlier runs" in text
+    assert "7 configs have results of earlier tunes" in text
     assert "trials 12/96  11 ok, 1 wrong" in text
     assert "best 250.0 us, 4298 GB/s, N32 H8 S1 w1 s4" in text
     assert "45 of 45 s left" in text or "44 of 45 s left" in text

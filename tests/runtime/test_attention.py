@@ -31,27 +31,27 @@ Launch = tuple[KernelSpec, Shape, tuple[float, ...], list[tuple[Tensor, ...]]]
 class RecordingPlan(LaunchPlan):
     """A plan that records each launch's tensors, and launches in the interpreter if it has a module."""
 
-    def __init__(self, module: Any, spec: KernelSpec, numbers: tuple[float, ...], launched: list[tuple[Tensor, ...]]):
-        super().__init__(module, spec, numbers, 0, Scratch())
+    def __init__(self, module: Any, spec: KernelSpec, scalars: tuple[float, ...], launched: list[tuple[Tensor, ...]]):
+        super().__init__(module, spec, scalars, 0, Scratch())
         self.launched = launched
 
     def launch(self, request: object, written: tuple[Tensor, ...], workspace: Tensor | None = None) -> None:
         tensors = self.launch_tensors(request, written)
         self.launched.append(tensors)
-        self._module.launch(*tensors, *self._numbers)
+        self._module.launch(*tensors, *self._scalars)
 
 
 def plan_on_cpu(monkeypatch: pytest.MonkeyPatch, interpret: bool) -> list[Launch]:
     """Plan calls with CPU tensors as with CUDA tensors, and record the plans."""
     plans: list[Launch] = []
 
-    def plan_launch(spec: KernelSpec, shape: Shape, numbers: tuple[float, ...], device: object) -> LaunchPlan:
+    def plan_launch(spec: KernelSpec, shape: Shape, scalars: tuple[float, ...], device: object) -> LaunchPlan:
         launched: list[tuple[Tensor, ...]] = []
-        plans.append((spec, shape, numbers, launched))
+        plans.append((spec, shape, scalars, launched))
         module: Any = SimpleNamespace(launch=lambda *_: None)
         if interpret:
             module = load(render(spec, default_config(spec, shape, GPUS["h200"]), GPUS["h200"]))
-        return RecordingPlan(module, spec, numbers, launched)
+        return RecordingPlan(module, spec, scalars, launched)
 
     def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:
         return None if q.numel() and k.numel() else HostPlan(is_empty=True)
@@ -175,9 +175,9 @@ def test_a_window_of_all_keys_uses_the_kernel_without_a_window(
     recorded: list[Launch], window_size: int | None, window: int
 ) -> None:
     attend(dense(), causal=True, window_size=window_size)
-    spec, shape, numbers, _ = recorded[0]
+    spec, shape, scalars, _ = recorded[0]
     assert (spec.window, shape.window) == (window > 0, window)
-    assert numbers == (0.25, window)[: 1 + (window > 0)]
+    assert scalars == (0.25, window)[: 1 + (window > 0)]
 
 
 def test_tensors_without_elements_launch_nothing(recorded: list[Launch]) -> None:
