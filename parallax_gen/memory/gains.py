@@ -53,9 +53,8 @@ def comparisons(place: Place, gpu: Gpu, results: Iterable[Result]) -> list[Compa
     pairs = []
     for group in groups:
         table = RecordTable(group)
-        chosen = (
-            best(place, gpu, table).record or group[0]
-        )  # the ranking may choose the default though it was not timed
+        # The ranking may choose the default though it was not timed.
+        chosen = best(place, gpu, table).record or group[0]
         pairs.append(Comparison(place, chosen, comparable_default(chosen, default, gpu, table)))
     return pairs
 

@@ -28,7 +28,7 @@ def load_shipped(gpu: str, folder: Path | None = None) -> list[Result]:
     Raises StoreError, naming file and line, on a line that is not a measured result of that GPU.
     """
     path, stamp = _file(gpu, folder)
-    return [] if stamp is None else [r for text in _lines(path, stamp) for r in _results(path, gpu, stamp, text)]
+    return [] if stamp is None else [r for place in _lines(path, stamp) for r in _results(path, gpu, stamp, place)]
 
 
 def load_same_capability(gpu: Gpu, folder: Path | None = None) -> list[Result]:
@@ -118,8 +118,8 @@ def _shipped_at(place: Place, folder: Path | None) -> tuple[Result, ...]:
     if stamp is None:
         return ()
     place_json = json.dumps(place.flat()).encode()
-    texts = [text for text in _lines(path, stamp) if text in (place_json, b"")]
-    results = (result for text in texts for result in _results(path, place.gpu, stamp, text))
+    places = [key for key in _lines(path, stamp) if key in (place_json, b"")]
+    results = (result for key in places for result in _results(path, place.gpu, stamp, key))
     return tuple(result for result in results if result.place == place)
 
 
@@ -154,10 +154,10 @@ def _lines(path: Path, stamp: tuple[int, ...]) -> dict[bytes, list[tuple[int, by
 
 
 @lru_cache(maxsize=4096)
-def _results(path: Path, gpu: str, stamp: tuple[int, ...], text: bytes) -> tuple[Result, ...]:
-    """The results of the lines with this place. stamp: mtime, size and inode of the file."""
+def _results(path: Path, gpu: str, stamp: tuple[int, ...], place_json: bytes) -> tuple[Result, ...]:
+    """The results of the lines that `_lines` has for this place. stamp: mtime, size and inode of the file."""
     results = []
-    for number, line in _lines(path, stamp)[text]:
+    for number, line in _lines(path, stamp)[place_json]:
         try:
             result = from_line(line)
         except MALFORMED as error:

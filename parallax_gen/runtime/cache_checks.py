@@ -74,9 +74,8 @@ def check_cached(request: CacheRequest, out: Tensor | None, return_state: bool) 
 def check_four_byte_alignment(request: CacheRequest) -> None:
     """Check that 8-bit caches can be read four elements at a time.
 
-    Runs in every call, because the key of a plan lacks storage offsets.
-
-    torch.compile cannot trace offsets either; there the operator checks them when it runs.
+    Runs in every call, because the key of a plan lacks storage offsets. torch.compile cannot trace these: there the
+    operator checks them when it runs.
     """
     if torch.compiler.is_compiling():
         return

@@ -70,9 +70,10 @@ class JobRun:
         for result in known_results:
             self._search.tell(result.config, result.time_us)
         self.progress = Progress(job, known=len(known_results), best=best)
+        # How many configs were proposed, how many are being compiled, and how many requests are being served.
         self._proposed = self._compiling = self._measuring = 0
         self._ready: deque[tuple[KernelConfig, Reply]] = deque()  # compiled, and not yet measured
-        self._compiled: dict[KernelConfig, Reply] = {}  # configs that are being measured
+        self._on_device: dict[KernelConfig, Reply] = {}  # compiled, and now being measured
         self._finals = Finals(job.spec.op, self._current_results, self._instance, self._default, only_configs or ())
         self._claimed_elsewhere: list[KernelConfig] = []  # other tuners had claimed these when they were proposed
         self._shared_configs: set[KernelConfig] = set()  # configs that other tuners finished
@@ -91,7 +92,7 @@ class JobRun:
     @property
     def in_flight(self) -> int:
         """How many configs were proposed and are not finished."""
-        return self._compiling + len(self._ready) + len(self._compiled)
+        return self._compiling + len(self._ready) + len(self._on_device)
 
     @property
     def searching(self) -> bool:
@@ -148,7 +149,7 @@ class JobRun:
         request: WorkerRequest | None = None
         if self.searching:
             if self._ready:
-                config, self._compiled[config] = self._ready.popleft()
+                config, self._on_device[config] = self._ready.popleft()
                 # The default is always timed to the end: its time shows what tuning gained.
                 give_up_us = float("inf") if config == self._default else GIVE_UP_FACTOR * self._best_us
                 request = Measure(self._instance(config), give_up_us)
@@ -161,9 +162,9 @@ class JobRun:
     def on_measured(self, request: WorkerRequest, reply: Reply) -> bool:
         """Take the reply to a request. Returns True if it ended a trial, False for finals."""
         self._measuring -= 1
-        if isinstance(request, Measure) and request.instance.config in self._compiled:
+        if isinstance(request, Measure) and request.instance.config in self._on_device:
             config = request.instance.config
-            self._store_result(self._result(config, self._compiled.pop(config), reply))
+            self._store_result(self._result(config, self._on_device.pop(config), reply))
             return True
         for result in self._finals.results_of(request, reply):
             result = replace(result, evidence=self._evidence_of(result.config))  # an old record may have other evidence

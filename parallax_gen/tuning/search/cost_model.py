@@ -209,9 +209,8 @@ def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, 
     per_thread = (1.2 * 2 * owned * summed + 3.3 * owned * streamed + streamed * scored) / (32 * config.num_warps)
     needed = 25 + per_thread + (45 if owned < 64 else 0)
     max_registers = config.maxnreg or MAX_REGISTERS_PER_THREAD
-    lacking = max(0.0, needed - max_registers) * (
-        2 if config.maxnreg else 1
-    )  # with maxnreg the innermost loop spills too
+    lacking = max(0.0, needed - max_registers)
+    lacking *= 2 if config.maxnreg else 1  # with maxnreg the innermost loop spills too
     shared = op.shared_bytes(spec, config, gpu)
     if owned >= 64 and config.num_stages > 1 and gpu.capability[0] >= 9:
         shared += op.block_bytes(spec, config)  # asynchronous matmuls run while the next block is loaded
