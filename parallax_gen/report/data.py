@@ -201,11 +201,11 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
         ],
         "least_trials": MIN_TRIALS,
         "times_ours": [
-            {"gpu": gpu, "op": op, "part": part, "contender": baseline, "mean": mean, "least": least, "shapes": count}
+            {"gpu": gpu, "op": op, "part": part, "baseline": baseline, "mean": mean, "least": least, "shapes": count}
             for (gpu, op, part, baseline), (mean, least, count) in report.means.items()
         ],
         "largest_errors": [
-            {"gpu": gpu, "op": op, "part": part, "contender": baseline, "error": usual, "peaked_error": peaked}
+            {"gpu": gpu, "op": op, "part": part, "baseline": baseline, "error": usual, "peaked_error": peaked}
             for (gpu, op, part, baseline), (usual, peaked) in report.errors.items()
         ],
     }

@@ -182,7 +182,7 @@ def test_json_has_the_data_of_the_figures(store: Store, tmp_path: Path) -> None:
     assert sum(decode["importances"].values()) == pytest.approx(1)
     assert {reason["outcome"] for reason in decode["reasons"]} > {"slow", "wrong"}
     assert result["times_ours"][0]["mean"] == pytest.approx(1.48)
-    assert [(row["contender"], row["error"], row["peaked_error"]) for row in result["largest_errors"]] == [
+    assert [(row["baseline"], row["error"], row["peaked_error"]) for row in result["largest_errors"]] == [
         ("parallax_gen", 2.2e-3, 1.6e-3),
         ("parallax-kernel CuTeDSL", 2.3e-3, None),
     ]
