@@ -36,12 +36,14 @@ _LETTERS = {
 _SHORT_VALUES: dict[object, str] = {
     "chunked": "chunk",
     "fixed_reference": "fixed",
-    "before_exp": "premask",
+    "before_exp": "pre",
+    "stacked": "qr",
 }
 
 LEGEND = (
     "config: M, N, H = BLOCK_M, BLOCK_N, BLOCK_H; G = GROUP_HEADS; S = NUM_SPLITS; w, s = num_warps, num_stages;\n"
-    "r = maxnreg; words are values of other knobs: chunk = chunked, fixed = fixed_reference, premask = before_exp;\n"
+    "r = maxnreg; words are values of other knobs: chunk = chunked, fixed = fixed_reference, pre = before_exp,\n"
+    "qr = QR_TILE stacked; "
     "BxH: batch x kv_heads; seqlen: queries x keys, or only keys if both are equal or there is one query; W: window"
 )
 

@@ -59,7 +59,7 @@ def config(splits: int) -> DecodeConfig:
 
 
 def dkdv_config(stages: int = 2) -> DkDvConfig:
-    return DkDvConfig(64, 128, GROUP_HEADS=4, num_warps=8, num_stages=stages, HEAD_DIM_LAYOUT="chunked")
+    return DkDvConfig(64, 128, 4, 8, num_stages=stages, HEAD_DIM_LAYOUT="chunked", QR_TILE="stacked")
 
 
 def make_record(

@@ -127,10 +127,6 @@ GOLDEN = {
         KernelSpec("dqdr", 64, "tf32", group=2),
         DqDrConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=0, num_warps=4, num_stages=2),
     ),
-    "forward_fixed_reference_varlen": Kernel(
-        KernelSpec("forward", 128, "bf16", causal=True, varlen=True),
-        ForwardConfig(128, 64, GROUP_HEADS=4, num_warps=8, num_stages=3, SOFTMAX="fixed_reference"),
-    ),
     "forward_split_head_dim": Kernel(
         KernelSpec("forward", 256, "bf16", group=2, causal=True, stats=True),
         ForwardConfig(128, 64, GROUP_HEADS=4, num_warps=8, num_stages=2, HEAD_DIM_LAYOUT="split"),
@@ -138,14 +134,6 @@ GOLDEN = {
     "dkdv_fused_row_stats": Kernel(
         KernelSpec("dkdv", 64, "bf16", causal=True),
         DkDvConfig(64, 64, GROUP_HEADS=16, num_warps=4, num_stages=3, MASK="before_exp", ROW_STATS="fused"),
-    ),
-    "dkdv_stacked": Kernel(
-        KernelSpec("dkdv", 128, "bf16", causal=True),
-        DkDvConfig(32, 64, GROUP_HEADS=4, num_warps=4, num_stages=3, QR_TILE="stacked"),
-    ),
-    "dqdr_stacked": Kernel(
-        KernelSpec("dqdr", 128, "bf16", causal=True),
-        DqDrConfig(128, 64, GROUP_HEADS=4, num_warps=8, num_stages=3, MASK="before_exp", QR_TILE="stacked"),
     ),
     "dqdr_mask_before_exp": Kernel(
         KernelSpec("dqdr", 64, "bf16", causal=True),
@@ -225,6 +213,18 @@ GOLDEN = {
     "decode_softcap": Kernel(
         KernelSpec("decode", 128, "bf16", softcap=True),
         DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=1, merge="none", num_warps=2, num_stages=4),
+    ),
+    "forward_fixed_reference_varlen": Kernel(
+        KernelSpec("forward", 128, "bf16", causal=True, varlen=True),
+        ForwardConfig(128, 64, GROUP_HEADS=4, num_warps=8, num_stages=3, SOFTMAX="fixed_reference"),
+    ),
+    "dkdv_stacked": Kernel(
+        KernelSpec("dkdv", 128, "bf16", causal=True),
+        DkDvConfig(32, 64, GROUP_HEADS=4, num_warps=4, num_stages=3, QR_TILE="stacked"),
+    ),
+    "dqdr_stacked": Kernel(
+        KernelSpec("dqdr", 128, "bf16", causal=True),
+        DqDrConfig(128, 64, GROUP_HEADS=4, num_warps=8, num_stages=3, MASK="before_exp", QR_TILE="stacked"),
     ),
 }
 

@@ -16,7 +16,7 @@ from parallax_gen.ops.head_dim import Chunk, chunks_of
 from parallax_gen.ops.signature import Constant, Signature
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
-from parallax_gen.problem.spec import PER_SEQUENCE_LENGTH_OPS, QUERY_ROW_OPS, KernelSpec, family_of
+from parallax_gen.problem.spec import PER_SEQUENCE_LENGTH_OPS, QUERY_ROW_OPS, KernelSpec, public_op_of
 
 Value = int | str
 
@@ -273,20 +273,19 @@ def config_from_dict(op: str, data: Mapping[str, Any]) -> KernelConfig:
 
     Values need not be among the knobs' values: `space.why_invalid` checks that.
     """
-    config_class, family = OPS_BY_NAME[op].config, family_of(op)
+    config_class, public_op = OPS_BY_NAME[op].config, public_op_of(op)
     expected = {f.name: f.type for f in fields(config_class)}
     needed = {f.name for f in fields(config_class) if f.default is MISSING}
     if not needed <= set(data) <= set(expected):
-        raise ConfigError(f"a {family} config has the fields {sorted(expected)}, not {sorted(data)}")
+        raise ConfigError(f"a {public_op} config has the fields {sorted(expected)}, not {sorted(data)}")
     for name, value in data.items():
         if type(value).__name__ != expected[name]:
-            raise ConfigError(f"{family} config field {name} is {value!r:.80}; it must be of type {expected[name]}")
+            raise ConfigError(f"{public_op} config field {name} is {value!r:.80}; it must be of type {expected[name]}")
         if isinstance(value, int) and not 0 <= value <= MAX_NUMBER:
-            raise ConfigError(f"{family} config field {name} is {value!r:.80}; it must be from 0 to {MAX_NUMBER}")
+            raise ConfigError(f"{public_op} config field {name} is {value!r:.80}; it must be from 0 to {MAX_NUMBER}")
         if isinstance(value, str) and not (value.isprintable() and len(value) <= MAX_WORD_LENGTH):
-            raise ConfigError(
-                f"{family} config field {name} is {value!r:.80}; it must be a word of at most {MAX_WORD_LENGTH} letters"
-            )
+            allowed = f"a word of at most {MAX_WORD_LENGTH} letters"
+            raise ConfigError(f"{public_op} config field {name} is {value!r:.80}; it must be {allowed}")
     config: KernelConfig = config_class(**data)
     return config
 

@@ -139,7 +139,7 @@ class CacheOp(Op[DecodeConfig]):
 
     def awkward_shape(self, spec: KernelSpec, config: DecodeConfig, kv_heads: int = 3) -> Shape:
         blocks = min(2 * config.NUM_SPLITS + 1, 40)
-        seqlen_q = config.BLOCK_H // spec.group + 3 if spec.many_queries else 1
+        seqlen_q = config.BLOCK_H // spec.group + 3 if spec.multi_token else 1
         window = config.BLOCK_N + 9 if spec.window else 0
         return Shape(4, kv_heads * spec.group, kv_heads, seqlen_q, blocks * config.BLOCK_N - 7, window)
 
@@ -216,7 +216,7 @@ class DecodeOp(CacheOp):
 
 def _half_empty(spec: KernelSpec, block_h: int) -> bool:
     """Whether half of a tile's rows or more are padding, although a smaller BLOCK_H exists: 8 is the smallest."""
-    return block_h > 8 and block_h >= 2 * spec.group and not spec.many_queries
+    return block_h > 8 and block_h >= 2 * spec.group and not spec.multi_token
 
 
 def _default_tiles(spec: KernelSpec, block_h: int, gpu: Gpu) -> list[tuple[int, int, int, int]]:
@@ -235,7 +235,7 @@ def _default_tiles(spec: KernelSpec, block_h: int, gpu: Gpu) -> list[tuple[int, 
         pass  # from compiling: with such narrow heads each of two warps would widen all elements
     elif spec.page_size or spec.cache_dtype:  # more work for each key: two warps share it
         tiles = [(64, block_h, 2, 3), *tiles]
-    elif spec.many_queries:
+    elif spec.multi_token:
         tiles = [(32, block_h, 2, 4), *tiles]
     # The last ones are for a head_dim or dtype so wide that none of the others fits.
     return [*tiles, (32, 8, 2, 2), (16, 8, 1, 2), (16, 8, 2, 2)]

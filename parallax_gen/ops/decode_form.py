@@ -65,7 +65,7 @@ class CacheForm:
     @property
     def rows(self) -> Index:
         """A tile's rows: query heads of the group, or with multi-token queries (query, head) pairs of the sequence."""
-        return Index("m" if self.spec.many_queries else "h")
+        return Index("m" if self.spec.multi_token else "h")
 
     @property
     def masks_rows(self) -> bool:
@@ -106,7 +106,7 @@ class CacheForm:
     @property
     def has_several_tiles(self) -> bool:
         """Whether a sequence may have several tiles per kv head."""
-        return self.spec.many_queries or self.tiles_per_group > 1
+        return self.spec.multi_token or self.tiles_per_group > 1
 
     @property
     def heads_doc(self) -> str:

@@ -29,28 +29,28 @@ class DecodeVarlenOp(CacheOp):
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         if knob.name == "merge":
-            return ("last",) if spec.many_queries else ("last", "kernel")
+            return ("last",) if spec.multi_token else ("last", "kernel")
         return super().usable(spec, knob)
 
     def coerce(self, spec: KernelSpec, choices: dict[str, Value]) -> dict[str, Value]:
-        return {**choices, "merge": "last"} if choices["merge"] == "none" or spec.many_queries else choices
+        return {**choices, "merge": "last"} if choices["merge"] == "none" or spec.multi_token else choices
 
     def why_not_merged(self, spec: KernelSpec, config: DecodeConfig) -> str | None:
         if config.merge == "none":
             return "merge 'none' cannot be combined with per-sequence lengths: the number of splits differs by sequence"
-        if spec.many_queries and config.merge == "kernel":
+        if spec.multi_token and config.merge == "kernel":
             return "merge 'kernel' cannot be combined with multi-token queries: one program per row would be too many"
         return None
 
     def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
-        if spec.many_queries:
+        if spec.multi_token:
             return super().splits_wanted(spec, programs, gpu)
         # Few sequences are as long as the longest, and their keys must be split too.
         return max(4, 3 * gpu.sms // programs)
 
     def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
         # A long sequence among short ones gets most of the splits, whatever the average is.
-        return "kernel" if splits > 1 and not spec.many_queries else "last"
+        return "kernel" if splits > 1 and not spec.multi_token else "last"
 
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
         lengths = ("cu_seqlens_q",) * spec.varlen + ("cache_seqlens",) + ("cache_leftpad",) * spec.leftpad
@@ -60,13 +60,13 @@ class DecodeVarlenOp(CacheOp):
         """A tile's state for every work item: see decode_varlen.py.j2."""
         form = self.form(spec, config)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
-        split_units, tiles_per_unit = (batch * tiles, 1) if spec.many_queries else (batch, tiles)
+        split_units, tiles_per_unit = (batch * tiles, 1) if spec.multi_token else (batch, tiles)
         splits = split_units * config.NUM_SPLITS + -(-split_units // self.spare_split_every)
         items = tiles_per_unit * splits * kv_heads
         return Scratch(items * form.state_rows * form.floats_per_row, items if config.merge == "last" else 0)
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
-        paged, many = spec.page_size > 0, spec.many_queries
+        paged, many = spec.page_size > 0, spec.multi_token
         rows = {tensor: self._strides_of_rows(spec, tensor) for tensor in ("q", "r", "out")}
         keys = (Argument(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv")
         pages = (
@@ -106,7 +106,7 @@ class DecodeVarlenOp(CacheOp):
     def _strides_of_rows(self, spec: KernelSpec, tensor: str) -> tuple[Argument, ...]:
         """The strides between sequences, between queries and between heads."""
         name = tensor[0]
-        if not spec.many_queries:
+        if not spec.multi_token:
             return (number(f"stride_{name}b", f"{tensor}.stride(0)"), number(f"stride_{name}h", f"{tensor}.stride(2)"))
         dims = "mh" if spec.varlen else "bmh"
         return (Argument(tuple(f"stride_{name}{dim}" for dim in dims), f"*{tensor}.stride()[:{len(dims)}]"),)
@@ -162,12 +162,12 @@ class DecodeVarlenOp(CacheOp):
         A config that is fast for equal lengths only may leave the merge of a long sequence's many splits to one
         program. No length of the first batch is shorter than that of the same sequence in the second.
         """
-        if spec.many_queries or shape.batch == 1:
+        if spec.multi_token or shape.batch == 1:
             return super().timed_lengths(spec, shape)
         return spread_lengths(shape), skewed_lengths(shape)
 
     def bucket_suffix(self, spec: KernelSpec, bucket: Bucket) -> str:
-        return super().bucket_suffix(spec, bucket) if spec.many_queries else f"_kv{bucket.seqlen_kv}"
+        return super().bucket_suffix(spec, bucket) if spec.multi_token else f"_kv{bucket.seqlen_kv}"
 
 
 register(DecodeVarlenOp())

@@ -86,12 +86,12 @@ class VarlenForm(CacheForm):
     @property
     def split_unit(self) -> str:
         """The unit whose keys are split: a tile, or a sequence."""
-        return "tile" if self.spec.many_queries else "sequence"
+        return "tile" if self.spec.multi_token else "sequence"
 
     @property
     def state_rows(self) -> int:
         """The number of rows of a split's state."""
-        return self.config.BLOCK_H if self.spec.many_queries else min(self.spec.group, self.config.BLOCK_H)
+        return self.config.BLOCK_H if self.spec.multi_token else min(self.spec.group, self.config.BLOCK_H)
 
     @property
     def start_plus(self) -> str:
@@ -108,7 +108,7 @@ class VarlenForm(CacheForm):
         """The memory layout of the queries."""
         if self.spec.varlen:
             return PACKED_QUERIES
-        return MULTI_TOKEN_QUERIES if self.spec.many_queries else SINGLE_QUERY
+        return MULTI_TOKEN_QUERIES if self.spec.multi_token else SINGLE_QUERY
 
     def stat_offset(self, query: str, head: str) -> str:
         """The offset of a (query, head) pair in lse, from that of its sequence and kv head."""
@@ -123,7 +123,7 @@ class VarlenForm(CacheForm):
 
     @property
     def masks_by_row(self) -> bool:
-        return self.spec.many_queries and self.spec.causal
+        return self.spec.multi_token and self.spec.causal
 
     @property
     def one_page(self) -> bool:
@@ -183,7 +183,7 @@ class VarlenForm(CacheForm):
     @property
     def window_begin(self) -> str:
         """The first key in the window of a sequence's first query."""
-        return "seqlen_kv - window_size" + " - seqlen_q + 1" * self.spec.many_queries
+        return "seqlen_kv - window_size" + " - seqlen_q + 1" * self.spec.multi_token
 
     @property
     def strides_in_64_bits(self) -> tuple[str, ...]:
@@ -234,14 +234,14 @@ class VarlenForm(CacheForm):
     @property
     def seq_tiles(self) -> str:
         """The number of tiles of each of several sequences; 0 if it has no queries."""
-        if self.spec.many_queries:
+        if self.spec.multi_token:
             return "tl.cdiv(seqlens_q * GROUP, BLOCK_H)"
         return "seqlens_q * TILES_PER_GROUP" if self.tiles_per_group > 1 else "seqlens_q"
 
     @property
     def max_work_items(self) -> str:
         """The number of work items that `launch` provides."""
-        if self.spec.many_queries:
+        if self.spec.multi_token:
             return "num_tiles * NUM_SPLITS + triton.cdiv(num_tiles, SPARE_SPLIT_EVERY)"
         work_items = "batch * NUM_SPLITS + triton.cdiv(batch, SPARE_SPLIT_EVERY)"
         return f"{self.tiles_per_group} * ({work_items})" if self.tiles_per_group > 1 else work_items
@@ -261,7 +261,7 @@ class VarlenForm(CacheForm):
     def lengths_of_seq(self) -> dict[str, str]:
         """The results of `_load_lengths` that a program needs -> its names for them."""
         names = {"seqlen_kv": "seqlen_kv", "visible_begin": self.visible_begin, "num_blocks": "num_blocks"}
-        return {**names, "seqlen_q": "seqlen_q"} if self.spec.many_queries else names
+        return {**names, "seqlen_q": "seqlen_q"} if self.spec.multi_token else names
 
     def name_lengths(self, names: dict[str, str]) -> str:
         """The variables that the results of `_load_lengths` are assigned to: `_` for a result not in `names`."""
@@ -289,7 +289,7 @@ class VarlenForm(CacheForm):
         return (
             *self.dim_constants,
             Constant("GROUP", spec.group, "query heads per kv head"),
-            Constant("BLOCK_H", config.BLOCK_H, pairs if spec.many_queries else "query heads per program"),
+            Constant("BLOCK_H", config.BLOCK_H, pairs if spec.multi_token else "query heads per program"),
             Constant("BLOCK_N", config.BLOCK_N, "keys per iteration"),
             *[Constant("PAGE_SIZE", spec.page_size, "keys per page of the cache")] * (spec.page_size > 0),
             *[Constant("PAGES_PER_BLOCK", "BLOCK_N // PAGE_SIZE", "pages per block of keys")] * self.few_pages,
@@ -302,7 +302,7 @@ class VarlenForm(CacheForm):
             Constant("BLOCK_SEQS", 32, "sequences per step of a scan, one per lane: a sum needs no shared memory"),
             Constant("MIN_BLOCKS_PER_SPLIT", self.min_blocks_per_split, "fewer are not worth a program"),
             *[Constant("TILES_PER_GROUP", self.tiles_per_group, "tiles per group of query heads")]
-            * (self.tiles_per_group > 1 and not spec.many_queries),
+            * (self.tiles_per_group > 1 and not spec.multi_token),
         )
 
     @property

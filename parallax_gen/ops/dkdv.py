@@ -95,7 +95,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
     def form(self, spec: KernelSpec, config: DkDvConfig) -> GradientForm:
         mask = config.MASK if spec.causal else ""
         fields = tile_fields(self, spec, config, ("dk", "dv"))
-        return GradientForm(*fields, mask, config.QR_TILE, config.ROW_STATS == "separate")
+        return GradientForm(*fields, mask, config.ROW_STATS == "separate")
 
 
 register(DkDvOp())

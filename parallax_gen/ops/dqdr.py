@@ -76,7 +76,7 @@ class DqDrOp(GradientOp[DqDrConfig]):
         mask = config.MASK if spec.causal else ""
         if mask == "after_exp" and not spec.window:
             mask = "after_exp always"  # the branch would cost more than the mask
-        return GradientForm(*tile_fields(self, spec, config, ("dq", "dr")), mask, config.QR_TILE)
+        return GradientForm(*tile_fields(self, spec, config, ("dq", "dr")), mask)
 
 
 register(DqDrOp())

@@ -27,7 +27,7 @@ def why_invalid(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> str | None:
     """
     op = op_of(spec)
     if type(config) is not op.config:
-        return f"a {type(config).__name__} does not configure a {spec.family} kernel"
+        return f"a {type(config).__name__} does not configure a {spec.public_op} kernel"
     for knob in op.knobs:
         value = getattr(config, knob.name)
         if value not in knob.values:

@@ -103,7 +103,7 @@ class TileForm:
     @property
     def stacks_qr(self) -> bool:
         """Whether rows of q and r are stacked in one tile, so that one matmul gives s and t."""
-        return False
+        return getattr(self.config, "QR_TILE", "separate") == "stacked"
 
     @property
     def masks_edge_blocks_only(self) -> bool:
@@ -363,22 +363,11 @@ class GradientForm(TileForm):
 
     mask            the config's MASK: "after_exp" or "before_exp", in blocks that the diagonal or a window's edge
                     crosses; "after_exp always", in every block; "" for no mask
-    qr_tile         how q and r are held: "separate", or "stacked" in one tile
     separate_stats  whether each of a query row's four statistics is loaded where it is used
     """
 
     mask: str
-    qr_tile: str
     separate_stats: bool = False
-
-    @property
-    def stacks_qr(self) -> bool:
-        return self.qr_tile == "stacked"
-
-    @property
-    def stacked_shape(self) -> str:
-        """The shape of s and t where they are stacked as q and r are: for comments."""
-        return "[BLOCK_N, 2*BLOCK_M]" if self.op.owns_keys else "[2*BLOCK_M, BLOCK_N]"
 
     @property
     def needs_slope(self) -> bool:

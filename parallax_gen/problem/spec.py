@@ -47,9 +47,6 @@ def public_op_of(op: str) -> str:
     return _PUBLIC_OP_OF.get(op, op)
 
 
-family_of = public_op_of  # its name in ops/
-
-
 def name_in_errors(op: str) -> str:
     """The name of an op in error messages."""
     return op if op in PUBLIC_OPS else f"{public_op_of(op)} with {PER_SEQUENCE_LENGTHS_TEXT}"
@@ -139,13 +136,6 @@ class KernelSpec:
     def public_op(self) -> str:
         """The name of its op in records, commands and messages."""
         return public_op_of(self.op)
-
-    family = public_op  # its name in ops/
-
-    @property
-    def many_queries(self) -> bool:
-        """The name of `multi_token` in ops/ and templates/."""
-        return self.multi_token
 
     @property
     def bytes_per_element(self) -> int:

@@ -197,7 +197,12 @@ def test_an_unreadable_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 def test_recorded_sweeps_have_valid_headers_and_configs(path: Path) -> None:
     sweep = read_sweep(path)
     spec, gpu = sweep.place.spec, GPUS[sweep.place.gpu]
-    later = {"MASK", "SOFTMAX", "ROW_STATS", "QR_TILE"}  # knobs newer than these files, which are at their defaults there
+    later = {
+        "MASK",
+        "SOFTMAX",
+        "ROW_STATS",
+        "QR_TILE",
+    }  # knobs newer than these files, which are at their defaults there
     all_configs = {config for config in every_config(spec, gpu) if not later & set(config_to_dict(config))}
     assert sweep.whole == (all_configs <= set(sweep.costs))
     for result in sweep.results:
