@@ -15,10 +15,12 @@ import torch
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render
+from parallax_gen.ops.decode_form import DecodeConfig
 from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.oracle import verify
 from parallax_gen.oracle.accuracy import errors, why_wrong
 from parallax_gen.oracle.inputs import attend, random_inputs_of, softmax_scale
+from parallax_gen.oracle.reference import reference_forward
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -28,6 +30,7 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::Runti
 
 GPU = GPUS["h200"]
 CONFIG = ForwardConfig(BLOCK_M=64, BLOCK_N=32, GROUP_HEADS=1, num_warps=4, num_stages=2)
+MERGE = {"decode": "none", "decode_varlen": "last"}  # with a single split
 FULL = KernelSpec("forward", 64, "fp16", group=2, stats=True)
 CAUSAL = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True)
 WINDOW = KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True, window=True)
@@ -86,3 +89,20 @@ def test_the_stats_are_right(spec: KernelSpec, prepare: Callable[[Inputs], None]
     assert why_wrong(found["t_mean"], expected.t_mean, "fp32") is None
     assert why_wrong(found["lse"].exp(), expected.lse.exp(), "fp32") is None
     assert why_wrong(found["v_mean"], expected.v_mean, "fp16") is None
+
+
+@pytest.mark.parametrize("op", ["forward", "decode", "decode_varlen"])
+def test_a_first_block_whose_scores_are_all_minus_infinity_adds_nothing(op: str) -> None:
+    """Its scores overflow, so that d1 and d2 are still 0 after it. The center d2 / d1 must not be 0 / 0."""
+    spec = FULL if op == "forward" else KernelSpec(op, 64, "fp16", group=2)
+    config = (
+        CONFIG if op == "forward" else DecodeConfig(32, 8, NUM_SPLITS=1, merge=MERGE[op], num_warps=2, num_stages=2)
+    )
+    inputs = random_inputs_of(spec, Shape(2, 4, 2, 1, 100), seed=1, device="cpu", full=True)
+    inputs.q.fill_(1)
+    inputs.k.zero_()
+    inputs.k[:, :40] = -1  # more than the first block
+    call, scale = verify.poisoned_call(spec, config, inputs), 1e38
+    load(render(spec, config, GPU)).launch(*call.arguments(scale))
+    expected = reference_forward(inputs.q, inputs.r, inputs.k, inputs.v, softmax_scale=scale).out
+    assert errors(call.written["out"], expected).relative < MOST["normal"]
