@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, Knob, register
+from parallax_gen.ops.gradients import MASK, QR_TILE, GradientConfig, GradientOp
 from parallax_gen.ops.tile_form import GradientForm, tile_fields
-from parallax_gen.ops.tiles import MASK, QR_TILE, TILE_KNOBS, GradientConfig, GradientOp, Tiles, row_bytes
+from parallax_gen.ops.tiles import TILE_KNOBS, Tiles, row_bytes
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, register
+from parallax_gen.ops.gradients import MASK, QR_TILE, GradientConfig, GradientOp
 from parallax_gen.ops.tile_form import GradientForm, tile_fields
-from parallax_gen.ops.tiles import MASK, QR_TILE, TILE_KNOBS, GradientConfig, GradientOp, Tiles
+from parallax_gen.ops.tiles import TILE_KNOBS, Tiles
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, Knob, Value, register
+from parallax_gen.ops.forward_form import ForwardForm
 from parallax_gen.ops.head_dim import Chunk, chunks_of, this_half_of
 from parallax_gen.ops.signature import Signature
-from parallax_gen.ops.tile_form import ForwardForm, tile_fields
+from parallax_gen.ops.tile_form import tile_fields
 from parallax_gen.ops.tiles import TILE_KNOBS, TileConfig, TiledOp, Tiles, programs_per_tile, row_bytes
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
