@@ -15,12 +15,23 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 from transformers.masking_utils import sdpa_mask
 
@@ -30,6 +41,15 @@ from parallax_gen.integrations.transformers import convert
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 TOKENS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+WINDOW_FIRST = ["sliding_attention", "full_attention"]
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+GROWING_SCALE = {  # q is scaled by a factor that grows every 8 positions
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.5,
+}
 CONFIGS = {
     "gemma2": Gemma2Config(
         **SIZES,
@@ -41,10 +61,33 @@ CONFIGS = {
         tie_word_embeddings=False,
         final_logit_softcapping=None,
     ),
+    "gemma3_text": Gemma3TextConfig(
+        **SIZES,
+        **HEADS,
+        **TOKENS,
+        query_pre_attn_scalar=16,
+        sliding_window=5,
+        layer_types=WINDOW_FIRST,
+        tie_word_embeddings=False,
+    ),
+    "glm": GlmConfig(**SIZES, **HEADS, **TOKENS),
+    "glm4": Glm4Config(**SIZES, **HEADS, **TOKENS),  # RoPE of half of head_dim, interleaved
+    "granite": GraniteConfig(**SIZES, **HEADS, **TOKENS, attention_multiplier=0.3, residual_multiplier=0.5),
     "llama": LlamaConfig(**SIZES, **HEADS, **TOKENS, attention_bias=True),
+    "ministral": MinistralConfig(**SIZES, **HEADS, **TOKENS, sliding_window=5, layer_types=WINDOW_FIRST),
+    "ministral3": Ministral3Config(
+        **SIZES, **HEADS, **TOKENS, sliding_window=None, rope_parameters=GROWING_SCALE, max_position_embeddings=32
+    ),
     "mistral": MistralConfig(**SIZES, **HEADS, **TOKENS, sliding_window=5),
+    "olmo2": Olmo2Config(**SIZES, **HEADS, **TOKENS),
+    "olmo3": Olmo3Config(**SIZES, **HEADS, **TOKENS, sliding_window=5, layer_types=WINDOW_FIRST),
+    "phi3": Phi3Config(**SIZES, **HEADS, **TOKENS, sliding_window=5, rope_parameters=PARTIAL_ROPE),
     "qwen2": Qwen2Config(**SIZES, **HEADS, **TOKENS, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": Qwen3Config(**SIZES, **HEADS, **TOKENS),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES, **HEADS, **TOKENS, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+    ),
+    "smollm3": SmolLM3Config(**SIZES, **HEADS, **TOKENS, no_rope_layers=[1, 0]),
 }
 
 # fp32 models against the fp64 reference of CPU tensors: rounding errors of 6e-8, amplified by two layers.
@@ -59,7 +102,8 @@ def stock_model(name: str, layers: int = 2) -> PreTrainedModel:
     """An unconverted model with the same weights in every call."""
     torch.manual_seed(1)
     changed = {**CONFIGS[name].to_dict(), "num_hidden_layers": layers}
-    changed.pop("layer_types", None)  # derived from the other fields
+    if layer_types := changed.get("layer_types"):
+        changed["layer_types"] = layer_types[:layers]
     config = type(CONFIGS[name])(**changed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 

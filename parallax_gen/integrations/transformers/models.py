@@ -1,4 +1,7 @@
-"""transformers models with Parallax attention: separate classes, so that a saved model is loaded as Parallax."""
+"""transformers models with Parallax attention: separate classes, so that a saved model is loaded as Parallax.
+
+`families.py` says which models have such classes; they are made here, when this module is imported.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,15 @@ from transformers import (
     AutoConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
-from transformers.models.gemma2 import configuration_gemma2, modeling_gemma2
-from transformers.models.llama import configuration_llama, modeling_llama
-from transformers.models.mistral import configuration_mistral, modeling_mistral
-from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
-from transformers.models.qwen3 import configuration_qwen3, modeling_qwen3
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations.transformers.attention import NAME, parallax_attention, parallax_mask
+from parallax_gen.integrations.transformers.families import FAMILIES, Family, unsupported_attention
 from parallax_gen.nn import ZeroInitLinear
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 
@@ -56,22 +56,26 @@ class ProbeAttentionMixin:
     r has no norm, though q may have one: at r = 0 the norm's gradient would be unbounded.
     """
 
-    rotate: Any  # the model's own apply_rotary_pos_emb
+    family: Family
+    rotate: Any  # the family's own apply_rotary_pos_emb
+    use_rope = True  # attentions of families with layers without RoPE have their own
     head_dim: int
     r_proj: ZeroInitLinear
     config: Any
 
     def add_probes(self) -> None:
-        q_proj: nn.Linear = self.q_proj  # type: ignore[attr-defined]
-        bias, device, dtype = q_proj.bias is not None, q_proj.weight.device, q_proj.weight.dtype
-        self.r_proj = ZeroInitLinear(q_proj.in_features, q_proj.out_features, bias, device=device, dtype=dtype)
-        self.r_proj.train(q_proj.training)
+        like: nn.Linear = getattr(self, self.family.projection)
+        width = self.config.num_attention_heads * self.head_dim
+        bias, device, dtype = like.bias is not None, like.weight.device, like.weight.dtype
+        self.r_proj = ZeroInitLinear(like.in_features, width, bias, device=device, dtype=dtype)
+        self.r_proj.train(like.training)
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **extra_arguments: Any) -> Any:
         if self.config._attn_implementation != NAME:
             raise ArgumentError("attn_implementation", repr(self.config._attn_implementation), repr(NAME))
         r = self.r_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        r, _ = self.rotate(r, r[:, :1], *position_embeddings)  # rotate also needs a key
+        if self.use_rope:
+            r, _ = self.rotate(r, r[:, :1], *position_embeddings)  # rotate also needs a key
         return super().forward(hidden_states, position_embeddings=position_embeddings, r=r, **extra_arguments)  # type: ignore[misc]
 
 
@@ -87,6 +91,12 @@ class ParallaxModelMixin:
             raise ArgumentError("attn_implementation", repr(requested_attention), f"None or {NAME!r}")
         return NAME
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for a decorator in the source of the class's module.
+        stock: Any = cls.__bases__[-1]
+        return bool(stock._can_set_experts_implementation())
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroInitLinear):
             module.reset_parameters()
@@ -94,121 +104,14 @@ class ParallaxModelMixin:
             super()._init_weights(module)  # type: ignore[misc]
 
 
-class ParallaxLlamaConfig(ParallaxConfigMixin, configuration_llama.LlamaConfig):
-    model_type = "parallax_llama"
-
-
-class ParallaxLlamaAttention(ProbeAttentionMixin, modeling_llama.LlamaAttention):
-    rotate = staticmethod(modeling_llama.apply_rotary_pos_emb)
-
-
-class ParallaxLlamaModel(ParallaxModelMixin, modeling_llama.LlamaModel):
-    config_class = ParallaxLlamaConfig
-
-
-class ParallaxLlamaForCausalLM(ParallaxModelMixin, modeling_llama.LlamaForCausalLM):
-    config_class = ParallaxLlamaConfig
-
-
-class ParallaxMistralConfig(ParallaxConfigMixin, configuration_mistral.MistralConfig):
-    model_type = "parallax_mistral"
-
-
-class ParallaxMistralAttention(ProbeAttentionMixin, modeling_mistral.MistralAttention):
-    rotate = staticmethod(modeling_mistral.apply_rotary_pos_emb)
-
-
-class ParallaxMistralModel(ParallaxModelMixin, modeling_mistral.MistralModel):
-    config_class = ParallaxMistralConfig
-
-
-class ParallaxMistralForCausalLM(ParallaxModelMixin, modeling_mistral.MistralForCausalLM):
-    config_class = ParallaxMistralConfig
-
-
-class ParallaxQwen2Config(ParallaxConfigMixin, configuration_qwen2.Qwen2Config):
-    model_type = "parallax_qwen2"
-
-
-class ParallaxQwen2Attention(ProbeAttentionMixin, modeling_qwen2.Qwen2Attention):
-    rotate = staticmethod(modeling_qwen2.apply_rotary_pos_emb)
-
-
-class ParallaxQwen2Model(ParallaxModelMixin, modeling_qwen2.Qwen2Model):
-    config_class = ParallaxQwen2Config
-
-
-class ParallaxQwen2ForCausalLM(ParallaxModelMixin, modeling_qwen2.Qwen2ForCausalLM):
-    config_class = ParallaxQwen2Config
-
-
-class ParallaxQwen3Config(ParallaxConfigMixin, configuration_qwen3.Qwen3Config):
-    model_type = "parallax_qwen3"
-
-
-class ParallaxQwen3Attention(ProbeAttentionMixin, modeling_qwen3.Qwen3Attention):
-    rotate = staticmethod(modeling_qwen3.apply_rotary_pos_emb)
-
-
-class ParallaxQwen3Model(ParallaxModelMixin, modeling_qwen3.Qwen3Model):
-    config_class = ParallaxQwen3Config
-
-
-class ParallaxQwen3ForCausalLM(ParallaxModelMixin, modeling_qwen3.Qwen3ForCausalLM):
-    config_class = ParallaxQwen3Config
-
-
-class ParallaxGemma2Config(ParallaxConfigMixin, configuration_gemma2.Gemma2Config):
-    model_type = "parallax_gemma2"
-
-
-class ParallaxGemma2Attention(ProbeAttentionMixin, modeling_gemma2.Gemma2Attention):
-    rotate = staticmethod(modeling_gemma2.apply_rotary_pos_emb)
-
-
-class ParallaxGemma2Model(ParallaxModelMixin, modeling_gemma2.Gemma2Model):
-    config_class = ParallaxGemma2Config
-
-
-class ParallaxGemma2ForCausalLM(ParallaxModelMixin, modeling_gemma2.Gemma2ForCausalLM):
-    config_class = ParallaxGemma2Config
-
-
-CONFIGS: tuple[Any, ...] = (
-    ParallaxGemma2Config,
-    ParallaxLlamaConfig,
-    ParallaxMistralConfig,
-    ParallaxQwen2Config,
-    ParallaxQwen3Config,
-)
-ATTENTIONS = (
-    ParallaxGemma2Attention,
-    ParallaxLlamaAttention,
-    ParallaxMistralAttention,
-    ParallaxQwen2Attention,
-    ParallaxQwen3Attention,
-)
-MODELS: tuple[Any, ...] = (
-    ParallaxGemma2Model,
-    ParallaxLlamaModel,
-    ParallaxMistralModel,
-    ParallaxQwen2Model,
-    ParallaxQwen3Model,
-)
-CAUSAL_MODELS: tuple[Any, ...] = (
-    ParallaxGemma2ForCausalLM,
-    ParallaxLlamaForCausalLM,
-    ParallaxMistralForCausalLM,
-    ParallaxQwen2ForCausalLM,
-    ParallaxQwen3ForCausalLM,
-)
-CONVERTED: dict[type, Any] = {new.__bases__[-1]: new for new in (*CONFIGS, *ATTENTIONS, *MODELS, *CAUSAL_MODELS)}
+# stock class -> converted class: configs, attentions, and models with every head. `add_family` fills it.
+CONVERTED: dict[type, Any] = {}
 
 
 def convert(model: Any) -> Any:
     """Convert a model to Parallax attention in place: every attention layer gets an r_proj of zeros. Returns the model.
 
-    model  Gemma2, Llama, Mistral, Qwen2 or Qwen3 of transformers with any of its heads, such as Qwen3ForCausalLM or
+    model  a transformers model of one of `families.FAMILIES` with any of its heads, such as Qwen3ForCausalLM or
            LlamaForSequenceClassification, on any device, in fp32, bf16 or fp16; or a base model, such as LlamaModel, by
            itself or inside another model. A converted model stays as it is
 
@@ -221,17 +124,21 @@ def convert(model: Any) -> Any:
     Adapters that are added later do not record the original checkpoint as their base, because it lacks r_proj. Save the
     converted model, load it, and add adapters to that.
 
-    Raises ArgumentError for another class, an unsupported head_dim, and for models that are already quantised, have
-    adapters, or are spread over devices: convert first.
+    Raises ArgumentError for another class, an unsupported head_dim, attention that is not causal, and for models that
+    are already quantised, have adapters, or are spread over devices: convert first. It names attention sinks, latent
+    attention and layers that are not attention, which no family has.
     """
     if isinstance(model, ParallaxModelMixin):
         return model
     if type(model) not in CONVERTED:
-        allowed = ", ".join(new.__bases__[-1].__name__ for new in (*CAUSAL_MODELS, *MODELS)) + ", or with another head"
-        modules = model.named_modules() if isinstance(model, nn.Module) else ()
-        if inside := next((name for name, module in modules if CONVERTED.get(type(module)) in MODELS), None):
-            allowed += f"; or the base model in this one, model.{inside}"
-        raise ArgumentError("model", type(model).__name__, allowed)
+        got = type(model).__name__
+        allowed = f"{', '.join(family.name for family in FAMILIES)} of transformers, with any head or none"
+        if isinstance(model, nn.Module):
+            if inside := next((name for name, module in model.named_modules() if is_base_model(module)), None):
+                allowed += f"; or the base model in this one, model.{inside}"
+            elif obstacle := unsupported_attention(model):
+                got += f", with {obstacle}"
+        raise ArgumentError("model", got, allowed)
     change_classes(model)
     model.name_or_path = ""  # adapters would save it as the base model to load
     return model
@@ -239,14 +146,14 @@ def convert(model: Any) -> Any:
 
 def change_classes(model: Any) -> None:
     """Change the classes of all modules and configs as `CONVERTED` says, and add r_proj to attention layers."""
-    attentions = [module for module in model.modules() if CONVERTED.get(type(module)) in ATTENTIONS]
+    attentions = [m for m in model.modules() if issubclass(CONVERTED.get(type(m), object), ProbeAttentionMixin)]
     for attention in attentions:
-        check_attention(attention)
-    keep_config = CONVERTED.get(type(model)) in MODELS
+        check_attention(attention, CONVERTED[type(attention)].family)
+    keep_config = is_base_model(model)
     changed: dict[int, Any] = {}  # id of the old config -> new config
     for module in list(model.modules()):
         old = getattr(module, "config", None)
-        if id(old) not in changed and (type(old) in CONVERTED or type(old) in CONFIGS):
+        if id(old) not in changed and (type(old) in CONVERTED or isinstance(old, ParallaxConfigMixin)):
             changed[id(old)] = change_config(old, keep_config)
         if id(old) in changed:
             module.config = changed[id(old)]
@@ -255,7 +162,7 @@ def change_classes(model: Any) -> None:
             # transformers registers a class, and its outputs for output_hidden_states, when an instance is made.
             PreTrainedModel.__init__(type(module).__new__(type(module)), module.config)  # type: ignore[attr-defined]
         if plan := vars(module).get("_tp_plan"):  # copied from the old config, without r_proj
-            plan |= {name.replace("q_proj", "r_proj"): style for name, style in plan.items() if "q_proj" in name}
+            plan |= tp_plan_of_probes(plan)
     for attention in attentions:
         attention.add_probes()
 
@@ -270,12 +177,17 @@ def change_config(old: Any, keep: bool) -> Any:
     return config
 
 
-def check_attention(attention: Any) -> None:
+def check_attention(attention: Any, family: Family) -> None:
     """Check that an attention layer can get an r_proj. Raises ArgumentError."""
+    name = type(attention).__name__
+    if not attention.is_causal:
+        allowed = "causal attention: is_causal=True, and no use_bidirectional_attention in the config"
+        raise ArgumentError("model", f"a {name} that is not causal", allowed)
     if attention.head_dim % 8 or attention.head_dim > LARGEST_HEAD_DIM:
         raise ArgumentError("model", f"head_dim {attention.head_dim}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
-    if type(attention.q_proj) is not nn.Linear:
-        got = f"a q_proj of {type(attention.q_proj).__name__}"
+    projection = getattr(attention, family.projection)
+    if type(projection) is not nn.Linear:
+        got = f"a {family.projection} of {type(projection).__name__}"
         raise ArgumentError("model", got, "an nn.Linear: convert before quantising, and before adding adapters")
     if "forward" in vars(attention):
         got = "an attention whose forward was replaced, as device_map does"
@@ -284,44 +196,62 @@ def check_attention(attention: Any) -> None:
         )
 
 
-def add_heads(modeling: Any, config: Any) -> None:
-    """Make a converted class for every other head of a family, as an attribute of this module so that it pickles."""
+def is_base_model(model: Any) -> bool:
+    """Whether a model is convertible and has no head."""
+    return type(model) in CONVERTED and isinstance(model, PreTrainedModel) and type(model).__name__.endswith("Model")
+
+
+def tp_plan_of_probes(plan: dict[str, str]) -> dict[str, str]:
+    """Entries for r_proj to add to a tensor-parallel plan: r is split over ranks as q is."""
+    projections = {family.projection for family in FAMILIES}
+    layers = [name.rpartition(".") for name in plan]
+    return {f"{attention}.r_proj": plan[f"{attention}.{q}"] for attention, _, q in layers if q in projections}
+
+
+# -- The converted classes of each family. They are attributes of this module, so that models pickle.
+
+
+def add_family(family: Family) -> Any:
+    """Make a family's converted classes and register them with transformers. Returns the config class.
+
+    The models are all of the family's config: its base model, and a model for every head.
+    """
+    modeling, stock_config = family.modeling(), getattr(family.configuration(), family.config)
+    model_type = f"parallax_{stock_config.model_type}"
+    config = add_class(ParallaxConfigMixin, stock_config, model_type=model_type)
+    config.base_model_tp_plan = stock_config.base_model_tp_plan | tp_plan_of_probes(stock_config.base_model_tp_plan)
+    rotate = staticmethod(modeling.apply_rotary_pos_emb)
+    add_class(ProbeAttentionMixin, getattr(modeling, family.attention), family=family, rotate=rotate)
     for stock in [getattr(modeling, name) for name in modeling.__all__]:
         abstract = stock.__name__.endswith("PreTrainedModel")
-        if issubclass(stock, PreTrainedModel) and not abstract and stock not in CONVERTED:
-            new = type(
-                f"Parallax{stock.__name__}",
-                (ParallaxModelMixin, stock),
-                {"config_class": config, "__module__": __name__},
-            )
-            CONVERTED[stock] = globals()[new.__name__] = new
-
-
-def register(config: Any) -> None:
-    """Register the converted classes with AutoConfig and every Auto class that knows the config's stock class."""
-    AutoConfig.register(config.model_type, config)
-    stock = config.__bases__[-1]
+        if issubclass(stock, PreTrainedModel) and not abstract and stock.config_class is stock_config:
+            add_class(ParallaxModelMixin, stock, config_class=config)
+    AutoConfig.register(model_type, config)
     for auto in vars(modeling_auto).values():
         mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
-        if mapping is not None and stock in mapping and mapping[stock] in CONVERTED:
-            auto.register(config, CONVERTED[mapping[stock]])
+        if mapping is not None and stock_config in mapping and mapping[stock_config] in CONVERTED:
+            auto.register(config, CONVERTED[mapping[stock_config]])
+    # Files have other weights than models where this list is not empty, such as one for each expert.
+    if conversions := get_checkpoint_conversion_mapping(stock_config.model_type):
+        register_checkpoint_conversion_mapping(model_type, conversions)
+    return config
+
+
+def add_class(mixin: type, stock: Any, **attributes: Any) -> Any:
+    new = type(f"Parallax{stock.__name__}", (mixin, stock), {"__module__": __name__, **attributes})
+    CONVERTED[stock] = globals()[new.__name__] = new
+    return new
 
 
 AttentionInterface.register(NAME, parallax_attention)
 AttentionMaskInterface.register(NAME, parallax_mask)
-_MODELING = (modeling_gemma2, modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3)
-for _modeling, _config in zip(_MODELING, CONFIGS, strict=True):
-    # Tensor parallelism splits r by heads, like q.
-    _config.base_model_tp_plan = {**_config.base_model_tp_plan, "layers.*.self_attn.r_proj": "colwise"}
-    add_heads(_modeling, _config)
-    register(_config)
+CONFIGS: tuple[Any, ...] = tuple(add_family(family) for family in FAMILIES)
 
 
 # -- How a stock transformers class, such as LlamaForCausalLM, loads a saved converted model.
 # from_pretrained of a class makes a model of that class, whatever model_type was saved, and drops unknown weights, so
 # r_proj would be lost. Quantisers are transformers' hook between making a model and reading its weights, so the saved
-# config names one.
-# It quantises nothing and leaves no trace on the model.
+# config names one. It quantises nothing and leaves no trace on the model.
 
 
 @register_quantization_config(LOADER)
@@ -339,11 +269,15 @@ class ProbeLoader(HfQuantizer):
     """Converts a model that a stock class made from a saved config, before its weights are loaded."""
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        requested = model.config._attn_implementation
-        if requested != NAME:
+        text = model.config.get_text_config()  # the config itself, unless the model has several parts
+        requested = text._attn_implementation
+        if text is model.config and requested != NAME:
             raise ArgumentError(
                 "attn_implementation", repr(requested), f"None or {NAME!r}: the checkpoint is a Parallax model"
             )
+        if text is not model.config:
+            text._attn_implementation = NAME  # the other parts may use another
+            vars(text).pop("quantization_config", None)  # transformers removes only the whole model's
         change_classes(model)
 
     def is_serializable(self) -> bool:
