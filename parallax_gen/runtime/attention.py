@@ -28,6 +28,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import scale_or_default
 from parallax_gen.runtime.checks import check_request
+from parallax_gen.runtime.layout import layout_notice
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, PlanCache, host_plan, plan_key, plan_launch
 from parallax_gen.runtime.requests import (
     MAX_ROW_STRIDE,
@@ -165,6 +166,8 @@ def copy_outputs(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _plan_forward(request: Request, stats: bool) -> LaunchPlan | HostPlan:
     host = _host_plan(request)
+    if request.cu_seqlens_q is None and not (host and host.is_empty):
+        layout_notice().check(request.q, request.k)
     if host is not None:
         return host
     spec, shape = _problem(request)

@@ -113,7 +113,10 @@ def parallax_attn_func(
     torch.utils.flop_counter counts 8 · head_dim FLOP for each query, head and visible key, and twice that in the
     backward for all gradients.
 
-    Raises ArgumentError, naming the argument.
+    Raises ArgumentError, naming the argument. Warns once per process if the tensors are likely (batch, heads, seqlen,
+    head_dim), the layout of scaled_dot_product_attention: if dimension 2 is the same in q and k and over 128, more than
+    models have heads, while dimension 1 is at most 128 in q, and a multiple of k's. Then pass q.transpose(1, 2), and
+    the others likewise.
     """
     request = Request(q, r, k, v, None, None, 0, 0, causal, window_size, softmax_scale, softcap)
     return _attend(request, False, out, return_stats, recompute_v_mean)
