@@ -2,13 +2,17 @@
 
 `launch` of a rendered file passes about twenty arguments through the JIT, which inspects each to find the compiled
 kernel. For tensors of the same sizes, strides and alignment it finds the same one. So the first call goes through the
-JIT and keeps the compiled kernels; later calls pass their tensors straight to these, with the same grid and scalars.
+JIT and keeps the compiled kernels; later calls pass their tensors' addresses straight to Triton's launcher in C, with
+the same grid and scalars. Given an address in place of a tensor, that launcher need not ask the driver about it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -23,9 +27,12 @@ ALIGNMENT = 16  # bytes: Triton specialises code for pointers with this alignmen
 class DirectLaunch:
     """One compiled kernel at its grid, the indices of the tensors that it takes, and the scalars after them."""
 
-    kernel: Callable[..., None]  # Triton's compiled kernel at the grid
+    kernel: Callable[..., None]  # Triton's compiled kernel at the grid: calls the hooks of profilers
     tensors: tuple[int, ...]
     scalars: tuple[Any, ...]
+    # The same kernel without hooks: takes the stream and the addresses of all tensors. None: this Triton has another
+    # launcher, or the kernel needs memory in each launch.
+    by_address: Callable[[int, Sequence[int]], None] | None
 
 
 def launch_by_jit(
@@ -51,7 +58,8 @@ def launch_by_jit(
             return
         indices = tuple(positions[id(argument)] for argument in arguments[:count])
         whole_grid = (*launch.grid, 1, 1)[:3]
-        launches.append(DirectLaunch(launch.compiled[whole_grid], indices, arguments[count:]))
+        by_address = _launcher_by_address(launch.compiled, whole_grid, indices, arguments[count:])
+        launches.append(DirectLaunch(launch.compiled[whole_grid], indices, arguments[count:], by_address))
 
     with watch_launches(module, watch):
         module.launch(*inputs, *scalars)
@@ -59,15 +67,64 @@ def launch_by_jit(
     return direct if direct and len(direct) == len(launches) else None
 
 
-def launch_directly(launches: tuple[DirectLaunch, ...], tensors: Sequence[Tensor], stream: int) -> None:
-    """Launch the compiled kernels on other tensors of the same sizes, strides and alignment."""
+def launch_directly(
+    launches: tuple[DirectLaunch, ...], tensors: Sequence[Tensor], addresses: Sequence[int], stream: int
+) -> None:
+    """Launch the compiled kernels on other tensors of the same sizes, strides and alignment, at these addresses."""
+    hooked = _launches_are_hooked()
     for launch in launches:
-        launch.kernel(*[tensors[i] for i in launch.tensors], *launch.scalars, stream=stream)
+        if launch.by_address is None or hooked:
+            launch.kernel(*[tensors[i] for i in launch.tensors], *launch.scalars, stream=stream)
+        else:
+            launch.by_address(stream, addresses)
 
 
-def are_aligned(tensors: Sequence[Tensor]) -> bool:
-    """Whether every tensor has the alignment that Triton's specialised code assumes."""
-    address = 0
-    for tensor in tensors:
-        address |= tensor.data_ptr()
-    return address % ALIGNMENT == 0
+def are_aligned(addresses: Sequence[int]) -> bool:
+    """Whether every address has the alignment that Triton's specialised code assumes."""
+    bits = 0
+    for address in addresses:
+        bits |= address
+    return bits % ALIGNMENT == 0
+
+
+def _launches_are_hooked() -> bool:
+    """Whether a profiler wants to be called at each launch of Triton."""
+    knobs = _triton_knobs().runtime
+    try:
+        return bool(knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls)
+    except AttributeError:  # a function in place of Triton's chain of hooks
+        return True
+
+
+@cache
+def _triton_knobs() -> Any:
+    """Triton's settings. Cached, because an import statement takes longer than the rest of the check."""
+    from triton import knobs
+
+    return knobs
+
+
+def _launcher_by_address(
+    compiled: Any, grid: tuple[int, ...], indices: tuple[int, ...], scalars: tuple[Any, ...]
+) -> Callable[[int, Sequence[int]], None] | None:
+    """Triton's launcher in C with all arguments that are the same in every launch; see `DirectLaunch.by_address`.
+
+    The arguments that it takes before the kernel's differ between versions of Triton. Triton's own launcher in Python
+    computes them here once, when it calls a function in place of the one in C.
+    """
+    launcher: Any = copy(getattr(compiled, "run", None))
+    launch = getattr(launcher, "launch", None)
+    needs = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")  # memory or state of each launch
+    if launch is None or len(indices) < 2 or any(getattr(launcher, name, False) for name in needs):
+        return None
+    calls: list[tuple[Any, ...]] = []
+    launcher.launch = lambda *arguments: calls.append(arguments)
+    arguments = (*indices, *scalars)
+    launcher(*grid, 0, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    (call,) = calls
+    select = itemgetter(*indices)
+    if call[-1] == arguments:  # Triton 3.7 and later: the kernel's arguments are one tuple
+        constant = call[4:-1]
+        return lambda stream, addresses: launch(*grid, stream, *constant, (*select(addresses), *scalars))
+    constant = call[4 : -len(arguments)]
+    return lambda stream, addresses: launch(*grid, stream, *constant, *select(addresses), *scalars)

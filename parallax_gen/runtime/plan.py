@@ -48,28 +48,44 @@ class PlanCache(dict[Hashable, Plan]):
         self[key] = plan
 
 
-_NUMBERS = frozenset((bool, int, float))
-
-
-def plan_key(*arguments: Tensor | float | None) -> Hashable:
+def plan_key(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *others: Tensor | float | None) -> Hashable:
     """All properties of the arguments that a plan depends on: a call with a known key needs no further checks.
 
-    A tensor contributes its shape, strides, dtype and device; a number its value and its type, because True == 1.
+    A tensor contributes its shape, dtype and device, and its strides unless it is contiguous: strides of dimensions of
+    size 1 address nothing. A number contributes its value and its type, because True == 1.
+
+    Most of the host time of a decode step outside Triton is spent here, so the four tensors that every call has are
+    written out.
     """
-    return tuple([
-        x if x is None
-        else (x.shape, x.stride(), x.dtype, x.get_device()) if type(x) is Tensor
-        else (type(x), x) if type(x) in _NUMBERS
-        else _key_of_other(x)
-        for x in arguments
-    ])  # fmt: skip
+    return (
+        q.shape, q.is_contiguous() or q.stride(), q.dtype, q.get_device(),
+        r.shape, r.is_contiguous() or r.stride(), r.dtype, r.get_device(),
+        k.shape, k.is_contiguous() or k.stride(), k.dtype, k.get_device(),
+        v.shape, v.is_contiguous() or v.stride(), v.dtype, v.get_device(),
+        *[
+            x if x is None or x is False or x is True
+            else (x.shape, x.is_contiguous() or x.stride(), x.dtype, x.get_device()) if type(x) is Tensor
+            else _key_of_other(x)
+            for x in others
+        ],
+    )  # fmt: skip
 
 
 def _key_of_other(x: object) -> Hashable:
-    """The key of a subclass of Tensor or of a number; a unique key for anything else, so that the checks reject it."""
+    """The key of a number or a subclass of Tensor; a unique key for anything else, so that the checks reject it."""
     if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.get_device()
+        return x.shape, x.is_contiguous() or x.stride(), x.dtype, x.get_device()
     return (type(x), x) if isinstance(x, (int, float)) else object()
+
+
+def _stream_handle(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+# The current device, and the handle of its current stream: as Triton reads them, in a fraction of the time. Builds of
+# torch for the CPU lack these names.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_handle)
 
 
 @dataclass(frozen=True)
@@ -116,20 +132,12 @@ class LaunchPlan:
         written    the tensors that the kernel writes, in the order of `Op.written`
         workspace  the caller's, of `workspace_bytes(self.scratch)` bytes; None for the shared one
         """
-        if torch.cuda.current_device() != self._device:
+        if _current_device() != self._device:
             with torch.cuda.device(self._device):
-                self._launch(self.launch_tensors(request, written), workspace)
-        else:
-            self._launch(self.launch_tensors(request, written), workspace)
-
-    def launch_tensors(self, request: object, written: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The tensors in the order that the module's `launch` takes them."""
-        if self._lengths is None:
-            return (*self._given(request), *written)
-        return (*self._given(request), *written, *self._lengths(request)[:-1])
-
-    def _launch(self, tensors: tuple[Tensor, ...], workspace: Tensor | None) -> None:
-        stream = _raw_stream(self._device)
+                self.launch(request, written, workspace)
+            return
+        stream = _current_stream(self._device)
+        tensors = self.launch_tensors(request, written)
         if self._workspace is not None:
             scratch = self.scratch
             if workspace is None:
@@ -137,15 +145,22 @@ class LaunchPlan:
             else:
                 states, counters = split_workspace(workspace, scratch)
             tensors = (*tensors, states, counters) if scratch.counters else (*tensors, states)
-        if not are_aligned(tensors):
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if not are_aligned(addresses):
             self._module.launch(*tensors, *self._scalars)
         elif self._direct is not None:
-            launch_directly(self._direct, tensors, stream)
+            launch_directly(self._direct, tensors, addresses, stream)
         elif not self._was_launched:
             self._direct = launch_by_jit(self._module, tensors, self._scalars)
             self._was_launched = True
         else:  # these kernels cannot be launched directly
             self._module.launch(*tensors, *self._scalars)
+
+    def launch_tensors(self, request: object, written: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tensors in the order that the module's `launch` takes them."""
+        if self._lengths is None:
+            return (*self._given(request), *written)
+        return (*self._given(request), *written, *self._lengths(request)[:-1])
 
 
 def plan_launch(
@@ -182,10 +197,3 @@ def _warn_about_cpu() -> None:
     """Warn once per process."""
     message = "parallax_gen: these are CPU tensors; they run through the slow fp64 reference"
     warnings.warn(message, stacklevel=user_stacklevel())
-
-
-def _raw_stream(device: int) -> int:
-    """The handle of the current stream, as Triton reads it: ten times faster than torch's stream object."""
-    from triton.runtime import driver
-
-    return int(driver.active.get_current_stream(device))

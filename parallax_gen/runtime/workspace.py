@@ -58,7 +58,7 @@ class Workspace:
 
         stream  the handle of the current stream
         """
-        if torch.cuda.is_current_stream_capturing():
+        if stream and torch.cuda.is_current_stream_capturing():  # the default stream, 0, cannot be captured
             return self._get_in_graph(floats, counters)
         scratch = self._by_stream.get(stream)
         if scratch is None or scratch[0].numel() < floats or scratch[1].numel() < counters:
