@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import triton
 from assertions import assert_close
 from torch import Tensor
 
@@ -55,6 +58,28 @@ def test_unaligned_tensors() -> None:
     shifted = torch.empty(k.numel() + 1, device="cuda", dtype=k.dtype)[1:].view(k.shape).copy_(k)
     assert shifted.data_ptr() % 16
     assert_close(parallax_attn_with_kvcache(q, r, shifted, v), reference_forward(q, r, k, v).out, "bf16")
+
+
+def test_a_profilers_hook_sees_direct_launches() -> None:
+    inputs = decode_inputs(1, 500, 8, 8)
+    expected = reference_forward(*inputs).out
+    for _ in range(2):
+        parallax_attn_with_kvcache(*inputs)
+    names: list[str] = []
+
+    def hook(metadata: Any) -> None:
+        names.append(metadata.get()["name"])
+
+    chain = triton.knobs.runtime.launch_enter_hook
+    chain.add(hook)
+    try:
+        assert_close(parallax_attn_with_kvcache(*inputs), expected, "bf16")
+    finally:
+        chain.remove(hook)
+    assert names[0] == "decode_kernel"
+    seen = len(names)
+    assert_close(parallax_attn_with_kvcache(*inputs), expected, "bf16")
+    assert len(names) == seen
 
 
 @pytest.mark.parametrize("causal", [False, True])
