@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from typing import TYPE_CHECKING
 
 import click
 
 from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import print_json
-from parallax_gen.codegen import device
-from parallax_gen.errors import BuildError, ParallaxGenError, StoreError
-from parallax_gen.problem.hardware import gpu_by_name
-from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import KernelSpec
-
-if TYPE_CHECKING:
-    from parallax_gen.memory.result import Result
-
-COMPILE_TIMEOUT_S = 120.0
-COMPILE_FOR = "h100"  # the target of the check if there is no card
+from parallax_gen.errors import ParallaxGenError
+from parallax_gen.tuning.installation import CHECKS
 
 
 @dataclass(frozen=True)
@@ -69,126 +53,3 @@ def _run_check(check: str, find: Callable[[], Iterator[tuple[str, str]]]) -> Ite
             yield Finding(check, status, text)
     except (ParallaxGenError, ImportError, OSError) as error:
         yield Finding(check, "broken", " ".join(str(error).split()))
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    import torch
-    import triton
-
-    import parallax_gen
-    from parallax_gen.memory.toolchain import cuda_version
-
-    yield "ok", f"parallax_gen {parallax_gen.__version__}, Python {platform.python_version()}, {platform.machine()}"
-    optuna = metadata.version("optuna")
-    yield (
-        "ok",
-        f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Triton {triton.__version__}, Optuna {optuna}",
-    )
-    release = cuda_version()
-    yield "ok" if release else "broken", f"ptxas {release or 'none'}, which assembles Triton's kernels"
-
-
-def _device() -> Iterator[tuple[str, str]]:
-    card = device.gpu_here(0)
-    if card is None:
-        yield "note", "no CUDA device: kernels can be rendered, compiled and ranked, but not run or measured"
-    else:
-        known = "not in the table of GPUs: its peak rates are estimated" if card.estimated else "in the table of GPUs"
-        yield "ok", f"{card.title}, recognised as {card.name} ({known})"
-
-
-def _cache() -> Iterator[tuple[str, str]]:
-    import warnings
-
-    from parallax_gen.files import cache_dir
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        folder = cache_dir()  # warns if it must fall back to another folder
-    for warning in caught:
-        yield "note", str(warning.message)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-    kernels = sum(1 for _ in folder.glob("kernels/*.py"))
-    yield "ok", f"{folder}: writable, {kernels} kernels"
-
-
-def _database() -> Iterator[tuple[str, str]]:
-    from parallax_gen.memory.descriptions import differences_from_here
-    from parallax_gen.memory.store import Store, default_path
-
-    path = default_path()
-    try:
-        existing = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
-    except PermissionError as error:  # a home folder of another user
-        raise StoreError(f"{path} cannot be read ({error}); PARALLAX_GEN_DB can name a file elsewhere") from error
-    if not os.access(existing, os.W_OK) or not os.access(existing if existing.is_dir() else path.parent, os.W_OK):
-        raise StoreError(f"{path} cannot be written, so tune cannot run; PARALLAX_GEN_DB can name a file elsewhere")
-    with Store(read_only=True) as store:
-        results = store.all()
-        used = sum(not differences_from_here(r) for r in results)
-        rows = f"{len(results)} rows, {used} of today's kernels and this toolchain"
-        yield "ok", f"{path}: {rows if path.exists() else 'not yet created'}"
-        if store.unreadable:
-            yield "note", f"{store.unreadable} rows cannot be read and are ignored"
-
-
-def _records() -> Iterator[tuple[str, str]]:
-    from parallax_gen.files import data_dir
-    from parallax_gen.memory.descriptions import choice_text, chosen
-    from parallax_gen.memory.ranking import RecordTable
-    from parallax_gen.memory.shipped import shipped_gpus
-
-    if not shipped_gpus():
-        yield "note", f"no records in {data_dir('tuning_db')}"
-    results, sources = _usable_results()
-    table = RecordTable(results)
-    places = dict.fromkeys(record.place for record in results)
-    for name in sorted({place.gpu for place in places}):
-        card_places = [place for place in places if place.gpu == name]
-        by_evidence = Counter(choice_text(chosen(place, table)) for place in card_places)
-        counts = ", ".join(f"{evidence}: {count}" for evidence, count in by_evidence.most_common())
-        yield "ok", f"{name}: {len(card_places)} kernels and sizes in {sources}; configs of calls come from {counts}"
-
-
-def _usable_results() -> tuple[list[Result], str]:
-    """The results that calls choose from, and their sources. Without the user's database if that is unusable."""
-    from parallax_gen.memory.descriptions import open_memory
-    from parallax_gen.memory.shipped import Memory
-
-    try:
-        return open_memory().all(), "your database and the shipped records"
-    except StoreError:  # the database check reports it; an error in a shipped file is raised again
-        return Memory().all(), "only the shipped records"
-
-
-def _cuobjdump() -> Iterator[tuple[str, str]]:
-    from parallax_gen.codegen.resources import cuobjdump
-
-    yield "ok", str(cuobjdump())
-
-
-def _compile() -> Iterator[tuple[str, str]]:
-    from parallax_gen.ops.space import default_config
-    from parallax_gen.tuning.workers.messages import Compile, KernelInstance
-    from parallax_gen.tuning.workers.worker import Worker
-
-    gpu = device.gpu_here(0) or gpu_by_name(COMPILE_FOR)
-    spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)
-    instance = KernelInstance(spec, default_config(spec, shape, gpu), shape, gpu)
-    with closing(Worker(device=None)) as worker:
-        reply = worker.ask(Compile(instance), COMPILE_TIMEOUT_S)
-    if reply.outcome.failed:
-        raise BuildError(f"a small kernel for {gpu.name}: {reply.outcome}: {reply.detail}")
-    yield "ok", f"a small kernel for {gpu.name}, in a child process, in {reply.seconds:.1f} s"
-
-
-CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
-    "versions": _versions,
-    "device": _device,
-    "cache": _cache,
-    "database": _database,
-    "records": _records,
-    "cuobjdump": _cuobjdump,
-    "compile": _compile,
-}
