@@ -73,6 +73,14 @@ def gain_text(gain: float | None) -> str:
     return "-" if gain is None else f"{gain:.2f}x"
 
 
+def duration(seconds: float) -> str:
+    """A duration rounded up: `40 s`, `10 min`, `2 h 5 min`."""
+    if seconds <= 90:
+        return f"{math.ceil(seconds)} s"
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def time_and_rate(spec: KernelSpec, shape: Shape, time_us: float) -> str:
     """`123.4 us, 512.3 TFLOP/s`."""
     return f"{number(time_us)} us, {number(rate(spec, shape, time_us))} {rate_unit(spec.op)}"

@@ -104,9 +104,9 @@ def main(ctx: click.Context, verbose: bool) -> None:
 
     \b
     Begin with
-      parallax-gen doctor            check that everything needed is installed
-      parallax-gen tune --gpu h200   find the best kernels for the usual shapes
-      parallax-gen list              list the best results so far
+      parallax-gen doctor             check that everything needed is installed
+      parallax-gen tune --model PATH  find the best kernels for a model
+      parallax-gen list               list the best results so far
 
     \b
     Exit status

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parallax_gen.cli.options import resolve_gpu
+from parallax_gen.cli.options import gpu_or_stand_in, resolve_gpu
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.problem.hardware import Gpu
 
@@ -48,9 +48,9 @@ def card_to_tune(name: str | None, measuring: Mapping[int, Worker]) -> tuple[Gpu
     """
     cards = {device: card_of_worker(worker) for device, worker in measuring.items()}
     first = next(iter(cards.values()))
-    gpu = resolve_gpu(name, lambda: first)
     if first is None and tuple(cards) == (0,):  # the default: no device was requested
-        return gpu, False
+        return gpu_or_stand_in(name, lambda: None), False
+    gpu = resolve_gpu(name, lambda: first)
     for device, card in cards.items():
         if card is None:
             raise UnknownGpuError(f"--devices: there is no CUDA device {device} here")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
+from parallax_gen.cli.models import ModelArgs, model_options
 from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, kernel_options, shape_option
-from parallax_gen.cli.text import print_json
-from parallax_gen.describe import describe, time_and_rate
-from parallax_gen.ops.base import config_to_dict
+from parallax_gen.cli.text import print_json, print_tables
+from parallax_gen.describe import LEGEND, describe, time_and_rate
 from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
@@ -20,31 +22,65 @@ if TYPE_CHECKING:
 
 @click.command()
 @gpu_option
-@kernel_options
-@shape_option(required=True)
+@model_options
+@functools.partial(kernel_options, op_required=False)
+@shape_option()
 @json_option
-def explain(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool) -> None:
+def explain(
+    gpu: str | None, model: ModelArgs | None, requested: KernelArgs, shape: Sizes | None, as_json: bool
+) -> None:
     """Explain which kernel a call gets, and why not another.
 
     Shows its config and file; where the config comes from (measured here, with another toolchain, or on a card of the
     same compute capability, or the default); the runners-up; results that were only predicted; and measured results
     that are not used.
 
+    With --model, shows all kernels of a model's steps: where their configs come from, their times where they are known,
+    and the sum of a step, against the defaults.
+
     \b
     Example
       parallax-gen explain --gpu h200 --op decode --shape 32,32/8,8192
     """
     from parallax_gen.memory.descriptions import Origins, open_memory
-    from parallax_gen.runtime.explain import explanation_of
+    from parallax_gen.runtime.explain import explanation_of, to_json
 
+    if model is not None:
+        _explain_model(model, requested, shape, gpu, as_json)
+        return
+    if not requested.op or shape is None:
+        raise click.UsageError("give --op and --shape, or --model, or --for with --heads")
     card, (spec, sizes) = chosen_gpu(gpu), requested.kernel(shape)
     memory = open_memory()
     origins = Origins(memory)
     explanation = explanation_of(spec, sizes, card, memory, origins)
     if as_json:
-        print_json(_to_json(explanation, origins))
+        print_json(to_json(explanation, origins))
     else:
         _print(explanation, origins)
+
+
+def _explain_model(
+    model: ModelArgs, requested: KernelArgs, shape: Sizes | None, gpu: str | None, as_json: bool
+) -> None:
+    from parallax_gen.memory.descriptions import open_memory
+    from parallax_gen.tuning.plan import plan_of, times_of_choices
+    from parallax_gen.tuning.summary import times_tables
+
+    if requested.op or shape is not None:
+        raise click.UsageError("--model and --for choose kernels and sizes: leave out --op and --shape")
+    given = click.get_current_context().get_parameter_source
+    head_dims = [requested.head_dim] * (given("head_dim") is ParameterSource.COMMANDLINE)
+    dtypes = [requested.dtype] * (given("dtype") is ParameterSource.COMMANDLINE)
+    memory = open_memory()
+    plan = plan_of(*model.steps(head_dims, dtypes, requested.flags), chosen_gpu(gpu), memory)
+    times = times_of_choices(plan, memory)
+    if as_json:
+        print_json({"gpu": plan.gpu.name, "model": str(plan.model), "steps": [step.to_json() for step in times]})
+    else:
+        click.echo(f"{plan.model}; on {plan.gpu.name}\n")
+        print_tables(times_tables(times, "us", with_source=True))
+        click.echo(LEGEND)
 
 
 def _print(explanation: Explanation, origins: Origins) -> None:
@@ -87,26 +123,3 @@ def _section(title: str, lines: list[str]) -> None:
         click.echo(f"\n{title}")
     for line in lines:
         click.echo(f"  {line}")
-
-
-def _to_json(explanation: Explanation, origins: Origins) -> dict[str, Any]:
-    place, record = explanation.choice.place, explanation.choice.record
-    return {
-        "gpu": place.gpu,
-        "spec": explanation.spec.to_dict(),
-        "shape": explanation.shape.to_dict(),
-        "bucket": place.bucket.to_dict(),
-        "config": config_to_dict(explanation.choice.config),
-        "file": str(explanation.file),
-        "from": explanation.origin,
-        "tier": explanation.choice.candidate.tier.text,
-        "reason": explanation.reason,
-        "checked": explanation.choice.checked,
-        "refused": [{"why": reason, "config": config_to_dict(c.config)} for c, reason in explanation.choice.refused],
-        "record": None if record is None else origins.to_json(record),
-        "runners_up": [
-            {"tier": c.tier.text, "record": origins.to_json(c.record)} for c in explanation.runners_up if c.record
-        ],
-        "predicted": [origins.to_json(r) for r in explanation.predicted],
-        "unused": [{"why": reason, "record": origins.to_json(result)} for result, reason in explanation.unused],
-    }

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, kernel_options, shape_option
+from parallax_gen.cli.options import (
+    KernelArgs,
+    gpu_option,
+    gpu_or_stand_in,
+    json_option,
+    kernel_options,
+    shape_option,
+)
 from parallax_gen.cli.text import print_json
+from parallax_gen.codegen import device
 from parallax_gen.codegen.exported import read_sections, section, write_sections
 from parallax_gen.describe import describe, time_and_rate
 from parallax_gen.errors import ParallaxGenError
@@ -68,7 +76,7 @@ def export(gpu: str | None, requested: KernelArgs, shapes: tuple[Sizes, ...], fo
     from parallax_gen.codegen.render import render
     from parallax_gen.memory.descriptions import open_memory
 
-    card = chosen_gpu(gpu)
+    card = gpu_or_stand_in(gpu, lambda: device.gpu_here(0))
     chosen = chosen_kernels(requested, shapes, card, open_memory())
     readme = folder / "README.md"
     sections = read_sections(readme)

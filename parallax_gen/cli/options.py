@@ -168,7 +168,7 @@ def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Com
         click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c); c is an argument of calls."),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
     )
-    return _with_options(collect, options)  # type: ignore[return-value]
+    return with_options(collect, options)  # type: ignore[return-value]
 
 
 def check_flags(flags: Flags, ops: Sequence[str], choices: Sequence[str] = OPS_AND_TRAINING) -> None:
@@ -183,24 +183,32 @@ def check_flags(flags: Flags, ops: Sequence[str], choices: Sequence[str] = OPS_A
             raise click.UsageError(f"{option} needs --op decode, not {' or '.join(ops)}")
 
 
-def kernel_options(command: Command) -> Command:
-    """Add the options that select one kernel; the command gets them as one argument, `requested`."""
+def kernel_options(command: Command, *, op_required: bool = True) -> Command:
+    """Add the options that select one kernel; the command gets them as one argument, `requested`.
+
+    op_required: otherwise the command may be called without --op, and its op is ""
+    """
 
     @functools.wraps(command)
     def collect(**options_by_name: Any) -> Any:
-        requested = KernelArgs(**{name: options_by_name.pop(name) for name in ("op", "head_dim", "dtype", "flags")})
-        check_flags(requested.flags, (requested.op,), PUBLIC_OPS)
+        requested = KernelArgs(
+            op=options_by_name.pop("op") or "",
+            **{name: options_by_name.pop(name) for name in ("head_dim", "dtype", "flags")},
+        )
+        if requested.op:
+            check_flags(requested.flags, (requested.op,), PUBLIC_OPS)
         return command(requested=requested, **options_by_name)
 
     options = (
-        click.option("--op", type=click.Choice(PUBLIC_OPS), required=True),
+        click.option("--op", type=click.Choice(PUBLIC_OPS), required=op_required),
         click.option("--head-dim", type=parse_head_dim, default=USUAL_HEAD_DIM, metavar="N", show_default=True),
         click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True),
     )
-    return _with_options(flag_options(collect), options)  # type: ignore[return-value]
+    return with_options(flag_options(collect), options)  # type: ignore[return-value]
 
 
-def _with_options(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
+def with_options(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
+    """Add options, in their order in the help."""
     for option in reversed(options):
         command = option(command)
     return command
@@ -209,6 +217,17 @@ def _with_options(command: Command, options: tuple[Callable[[Command], Command],
 def chosen_gpu(name: str | None) -> Gpu:
     """The GPU named by --gpu; without --gpu the card in this machine. Raises UnknownGpuError."""
     return resolve_gpu(name, lambda: device.gpu_here(0))
+
+
+STAND_IN = "h200"  # most shipped records are its
+
+
+def gpu_or_stand_in(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:
+    """`resolve_gpu` for commands that need no card: without --gpu and a card the STAND_IN, with a note."""
+    if name is not None or card_here() is not None:
+        return resolve_gpu(name, card_here)
+    click.echo(f"no CUDA device here, so this is for {STAND_IN}: --gpu names another card", err=True)
+    return GPUS[STAND_IN]
 
 
 def resolve_gpu(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:

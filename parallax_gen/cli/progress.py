@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -18,17 +15,20 @@ from rich.text import Text
 from parallax_gen.describe import brief, format_counts, time_and_rate
 from parallax_gen.memory.descriptions import shape_of
 from parallax_gen.memory.result import Result
+from parallax_gen.tuning.plan import TimeLeft
 
 if TYPE_CHECKING:
     from parallax_gen.tuning.job import Job, Progress
 
 MAX_SILENCE_S = 15.0  # without a terminal, the longest time between lines
+BAR = 30  # characters of the bar over all jobs
 
 
 class ProgressView:
     """A context manager and a watcher of the tuner: `begin` a job, `update` after a trial, `end` it. Jobs may overlap.
 
     after_update  called at the end of each update
+    devices       how many jobs run at a time
     """
 
     def __init__(
@@ -38,11 +38,12 @@ class ProgressView:
         trials: int,
         time_budget_s: float,
         after_update: Callable[[], None] = lambda: None,
+        devices: int = 1,
     ):
         self._console = console
-        self._total, self._trials, self._budget_s = total, trials, time_budget_s
+        self._left = TimeLeft(total, time_budget_s, devices)
+        self._trials, self._budget_s = trials, time_budget_s
         self._after_update = after_update
-        self._begun_jobs = 0
         self._running: dict[Job, _Running] = {}
         self._live = Live(console=console, get_renderable=self._panel, transient=True) if console.is_terminal else None
 
@@ -56,9 +57,9 @@ class ProgressView:
             self._live.stop()
 
     def begin(self, job: Job) -> None:
-        self._begun_jobs += 1
-        self._running[job] = _Running(self._begun_jobs, self._budget_s)
-        self._print(f"[{self._begun_jobs}/{self._total}] {job.gpu.name}: {job.spec}; {job.bucket}")
+        self._left.begin()
+        self._running[job] = _Running(self._left.begun, self._budget_s)
+        self._print(f"[{self._left.begun}/{self._left.jobs}] {job.gpu.name}: {job.spec}; {job.bucket}")
 
     def update(self, progress: Progress) -> None:
         running = self._running[progress.job]
@@ -74,11 +75,18 @@ class ProgressView:
         self._after_update()
 
     def end(self, progress: Progress) -> None:
-        prefix = self._prefix(self._running.pop(progress.job))
+        running = self._running.pop(progress.job)
+        prefix = self._prefix(running)
+        self._left.end(time.monotonic() - running.begun)
         outcomes = format_counts(progress.outcomes) or "no config left to try"
         if progress.other_tuners:
             outcomes += f", and {progress.other_tuners} by other tuners"
         self._print(f"{prefix}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_text(progress)}")
+        if self._live is None and self._left.ended < self._left.jobs:
+            self._print(self._all_jobs())
+
+    def _all_jobs(self) -> str:
+        return self._left.text([running.seconds_left() for running in self._running.values()])
 
     def _prefix(self, running: _Running) -> str:
         """The prefix of a line: the job's number if several jobs run."""
@@ -89,7 +97,9 @@ class ProgressView:
 
     def _panel(self) -> Group:
         """The live panel, redrawn several times a second so that the time left counts down."""
-        lines = []
+        filled = round(BAR * self._left.ended / self._left.jobs)
+        bar = "━" * filled + "─" * (BAR - filled)
+        lines = [f"{bar} {self._all_jobs()}"] if self._left.jobs > 1 else []
         for running in list(self._running.values()):
             progress, prefix = running.progress, self._prefix(running)
             outcomes = format_counts(progress.outcomes) if progress else ""
@@ -108,6 +118,7 @@ class _Running:
 
     number: int
     budget_s: float
+    begun: float = field(default_factory=time.monotonic)
     last_line: float = field(default_factory=time.monotonic)
     shown_best: Result | None = None
     progress: Progress | None = None
@@ -128,40 +139,3 @@ def best_text(progress: Progress) -> str:
         return "no working config so far"
     text = f"{time_and_rate(best.place.spec, shape_of(best), best.time_us)}, {brief(best.config)}"
     return f"best {text}" if best.measured else f"best predicted {text}"
-
-
-# -- Ctrl-C at a safe point.
-
-STDERR = 2  # a file descriptor: a signal may interrupt a print, and sys.stderr is not reentrant
-
-
-class Interrupt:
-    """A context in which the first Ctrl-C waits for the next `check`, and the second interrupts at once.
-
-    Otherwise an interrupt could come between a trial's end and the write of its row, and lose the trial.
-    """
-
-    def __init__(self) -> None:
-        self._was_pressed = False
-        self._handles_sigint = False
-
-    def __enter__(self) -> Interrupt:
-        # Otherwise SIGINT is ignored or has another handler, which stays.
-        self._handles_sigint = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self._handles_sigint:
-            signal.signal(signal.SIGINT, self._request_stop)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._handles_sigint:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C was pressed."""
-        if self._was_pressed:
-            raise KeyboardInterrupt
-
-    def _request_stop(self, _number: int, _frame: FrameType | None) -> None:
-        self._was_pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(STDERR, b"\nstopping after this trial; Ctrl-C again stops at once\n")

@@ -16,6 +16,8 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from parallax_gen.tuning.summary import Table
+
 
 def console(*, stderr: bool = False) -> Console:
     """A rich console that prints text literally, with colours only on terminals."""
@@ -28,14 +30,16 @@ GAP = "  "  # between columns
 MIN_WIDTH = 8  # of a folded column
 
 
-def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+def print_table(
+    columns: Sequence[str], lines: Iterable[Sequence[str]], *, right: Sequence[str] = (), err: bool = False
+) -> None:
     """Print a table without rules, folding its last column if it is too wide. Columns in `right` are aligned right.
 
-    In a pipe or a file nothing is folded, unless the variable COLUMNS gives the width.
+    In a pipe or a file nothing is folded, unless the variable COLUMNS gives the width. err: print on standard error.
     """
     table = [columns, *lines]
     widths = [max(1, *map(len, cells)) for cells in zip(*table, strict=True)]
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+    if (sys.stderr if err else sys.stdout).isatty() or "COLUMNS" in os.environ:
         used = sum(width + len(GAP) for width in widths[:-1])
         widths[-1] = min(widths[-1], max(get_terminal_size().columns - used, MIN_WIDTH))
     justify = [str.rjust if name in right else str.ljust for name in columns]
@@ -43,7 +47,16 @@ def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]], *, right
         for fold, part in enumerate(wrap(last, widths[-1]) or [""]):
             cells = (*(cell if fold == 0 else "" for cell in before), part)
             aligned = (align(cell, width) for align, cell, width in zip(justify, cells, widths, strict=True))
-            click.secho(GAP.join(aligned).rstrip(), bold=line == 0)
+            click.secho(GAP.join(aligned).rstrip(), bold=line == 0, err=err)
+
+
+def print_tables(tables: Iterable[Table], *, err: bool = False) -> None:
+    """Print tables with their titles, and an empty line after each."""
+    for table in tables:
+        if table.title:
+            click.echo(table.title, err=err)
+        print_table(table.columns, table.lines, right=table.right, err=err)
+        click.echo(err=err)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

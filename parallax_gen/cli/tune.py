@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from parallax_gen.cli.devices import card_to_tune, devices_option
+from parallax_gen.cli.models import ModelArgs, confirm, model_options, print_plan
 from parallax_gen.cli.options import check_flags, flag_options, gpu_option, json_option, parse_head_dim, shape_option
-from parallax_gen.cli.text import console, print_json, print_table
-from parallax_gen.describe import LEGEND, brief, format_counts, number, seqlen_text
+from parallax_gen.cli.text import console, print_json, print_tables
+from parallax_gen.describe import LEGEND
 from parallax_gen.errors import MachineError, MeasureError
-from parallax_gen.ops.base import config_to_dict
-from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.spec import DTYPES, KernelSpec
-from parallax_gen.problem.work import rate, rate_unit
-from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, OPS_AND_TRAINING, STEP, TRAINING, Flags, Sizes
+from parallax_gen.problem.spec import DTYPES
+from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, OPS_AND_TRAINING, Flags, Sizes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from parallax_gen.memory.place import Place
-    from parallax_gen.memory.result import Outcome
     from parallax_gen.tuning.job import Job, Progress
     from parallax_gen.tuning.tuner import Tuner
 
 
 @click.command()
 @gpu_option
+@model_options
 @click.option(
     "--op",
     "ops",
@@ -60,6 +56,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds per job.",
 )
+@click.option("--yes", is_flag=True, help="Do not ask before a tune that may take more than ten minutes.")
 @click.option("--workers", type=click.IntRange(min=1), help="Compiling processes. Default: one per usable CPU.")
 @devices_option
 @click.option(
@@ -70,6 +67,7 @@ if TYPE_CHECKING:
 @json_option
 def tune(
     gpu: str | None,
+    model: ModelArgs | None,
     ops: tuple[str, ...],
     head_dims: tuple[int, ...],
     dtypes: tuple[str, ...],
@@ -79,6 +77,7 @@ def tune(
     flags: Flags,
     trials: int,
     time_budget: float,
+    yes: bool,
     workers: int | None,
     devices: tuple[int, ...],
     storage: str | None,
@@ -86,8 +85,13 @@ def tune(
 ) -> None:
     """Find the best kernels for a GPU, and store the results.
 
+    With --model, tunes the kernels that a model calls: in training those of the layer or the converted model, in
+    serving those of parallax_attn_with_kvcache and of generate. It first lists them, what is known of each and how long
+    it takes at most; at the end, what each gained over its default, and a step. Llama-3.2-1B with 8 sequences of 8192
+    keys, on one card: --model Llama-3.2-1B --serving --max-batch 8 --max-len 8192.
+
     Every finished trial is stored: Ctrl-C loses none, and the same command continues from there. Without a CUDA device,
-    configs are compiled and ranked by a model, and nothing is measured.
+    configs are compiled and ranked by a cost model, for --gpu or else an H200, and nothing is measured.
 
     --refresh is for a new Triton, driver or template. For each kernel and bucket with results (selected by --op,
     --head-dim and --dtype, or by --shape, --grid and flags) it times the few best configs and the default again, in a
@@ -104,24 +108,30 @@ def tune(
 
     \b
     Example
-      parallax-gen tune --gpu h200 --op decode --shape 32,32/8,8192
-      parallax-gen tune --gpu h200 --op training --shape 8,32/8,4096 --window 1024
-      parallax-gen tune --gpu h200 --grid serving --page-size 16
-      parallax-gen tune --gpu h200 --refresh --op decode
+      parallax-gen tune --for serving --heads 32/8 --head-dim 128 --page-size 16
+      parallax-gen tune --op decode --shape 32,32/8,8192
+      parallax-gen tune --op training --shape 8,32/8,4096 --window 1024
+      parallax-gen tune --grid serving --page-size 16
+      parallax-gen tune --refresh --op decode
       parallax-gen tune --devices 0,1,2,3 --storage postgresql://me@host/tuning
     """
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.store import Store
     from parallax_gen.tuning.claims import Storage
-    from parallax_gen.tuning.job import DEFAULT_OPS, MAX_REFRESHED, grid_jobs, refresh_jobs, worklist
+    from parallax_gen.tuning.job import DEFAULT_OPS, MAX_REFRESHED, grid_jobs, matches_filters, refresh_jobs, worklist
+    from parallax_gen.tuning.plan import REFRESH_S, plan_of, times_after_tune
+    from parallax_gen.tuning.summary import job_tables, times_tables, to_json
     from parallax_gen.tuning.tuner import Tuner, children
 
+    if model and (ops or shapes or grid):
+        raise click.UsageError("--model and --for choose kernels and sizes: leave out --op, --shape and --grid")
     if grid and (shapes or ops not in ((), ("decode",))):
         raise click.UsageError("--grid needs --op decode, and no --shape")
     if refresh and storage is not None:
         raise click.UsageError("--refresh cannot be combined with --storage: one process times its own records")
-    all_places = refresh and not (grid or shapes or flags != NO_FLAGS)
-    matches = functools.partial(_matches_filters, ops=ops, head_dims=head_dims, dtypes=dtypes)
+    model_steps = model.steps(head_dims, dtypes, flags) if model else None
+    all_places = refresh and not (model or grid or shapes or flags != NO_FLAGS)
+    matches = functools.partial(matches_filters, ops=ops, head_dims=head_dims, dtypes=dtypes)
     ops = ("decode",) if grid else ops or DEFAULT_OPS
     check_flags(flags, ops)
     shapes_by_op = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
@@ -134,7 +144,13 @@ def tune(
                 if refresh
                 else "--storage: there is no CUDA device here, and predictions are not shared"
             )
-        if all_places:
+        plan = plan_of(*model_steps, card, Memory(store)) if model_steps else None
+        if plan:
+            jobs = plan.jobs
+            seconds = plan.most_seconds(min(time_budget, REFRESH_S) if refresh else time_budget, len(devices))
+            print_plan(plan, seconds, len(devices))
+            confirm(seconds, yes)
+        elif all_places:
             jobs = refresh_jobs(Memory(store), card, matches)
         elif grid:
             jobs = grid_jobs(card, GRIDS[grid], head_dims, dtypes, flags)
@@ -154,38 +170,32 @@ def tune(
         )
         with tuner:
             max_trials = min(trials, MAX_REFRESHED) if refresh else trials
-            done = _tune_all(tuner, jobs, measure, max_trials, time_budget, store.path)
-    path = store.path
+            done = _tune_all(tuner, jobs, measure, max_trials, time_budget, store.path, len(devices))
+        times = times_after_tune(plan, done, Memory(store)) if plan else []
     if as_json:
-        print_json(_to_json(done, card, measure, path))
+        steps = {"steps": [step.to_json() for step in times]} if plan else {}
+        print_json(to_json(done, card, measure, store.path) | steps)
     else:
-        _print(done, path)
+        print_tables(times_tables(times, "best us" if measure else "predicted us") if plan else job_tables(done))
+        click.echo(f"{LEGEND}\ndatabase: {store.path}")
     if not measure:
         click.echo("nothing was measured: these times are predicted, and dispatch does not use them", err=True)
     if all(progress.best is None for progress in done):
         raise MeasureError("no config worked in any job: parallax-gen show says why each one failed")
 
 
-def _matches_filters(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
-    """Whether a place matches the given filters; an empty filter matches everything."""
-    spec = place.spec
-    in_step = spec.public_op in STEP and (spec.stats or spec.public_op != "forward")
-    return (
-        (not ops or spec.public_op in ops or (TRAINING in ops and in_step))
-        and (not head_dims or spec.head_dim in head_dims)
-        and (not dtypes or spec.dtype in dtypes)
-    )
-
-
 def _tune_all(
-    tuner: Tuner, jobs: list[Job], measure: bool, trials: int, time_budget: float, path: Path
+    tuner: Tuner, jobs: list[Job], measure: bool, trials: int, time_budget: float, path: Path, devices: int
 ) -> list[Progress]:
-    from parallax_gen.cli.progress import Interrupt, ProgressView
+    from parallax_gen.cli.progress import ProgressView
+    from parallax_gen.tuning.interrupt import Interrupt
 
     if not measure:
         click.echo("no CUDA device here: compiling and ranking only, nothing will be measured (predicted)", err=True)
     interrupt = Interrupt()
-    view = ProgressView(console(stderr=True), len(jobs), trials, time_budget, after_update=interrupt.check)
+    view = ProgressView(
+        console(stderr=True), len(jobs), trials, time_budget, after_update=interrupt.check, devices=devices
+    )
     try:
         with view, interrupt:
             return tuner.tune_all(jobs, trials=trials, time_budget_s=time_budget, watcher=view)
@@ -195,63 +205,3 @@ def _tune_all(
     except MachineError as error:
         advice = "no config caused this, so it is not stored; once it is fixed, run again to continue"
         raise MachineError(f"{error}: {advice}") from error
-
-
-def _print(done: list[Progress], path: Path) -> None:
-    by_spec: dict[KernelSpec, list[Progress]] = {}
-    for progress in done:
-        by_spec.setdefault(progress.job.spec, []).append(progress)
-    for spec, jobs in by_spec.items():
-        click.echo(f"{jobs[0].job.gpu.name}: {spec}")
-        unit = rate_unit(spec.op)
-        columns = ("BxH", "seqlen", "time us", unit, "config", "trials", "failures")
-        print_table(columns, [_line(progress) for progress in jobs], right=(*columns[:4], "trials"))
-        click.echo()
-    click.echo(LEGEND)
-    click.echo(f"database: {path}")
-
-
-def _line(progress: Progress) -> tuple[str, ...]:
-    from parallax_gen.memory.descriptions import shape_of
-
-    job, best = progress.job, progress.best
-    result = ("-", "-", "-")
-    if best is not None and best.time_us is not None:
-        result = number(best.time_us), number(rate(job.spec, shape_of(best), best.time_us)), brief(best.config)
-    failures = format_counts(_failures(progress)) or "none"
-    return str(job.bucket.kv_rows), seqlen_text(job.bucket), *result, str(progress.done), failures
-
-
-def _failures(progress: Progress) -> dict[Outcome, int]:
-    return {outcome: count for outcome, count in progress.outcomes.items() if outcome.failed}
-
-
-def _to_json(done: list[Progress], gpu: Gpu, measured: bool, path: Path) -> dict[str, Any]:
-    return {
-        "gpu": gpu.name,
-        "measured": measured,
-        "database": str(path),
-        "jobs": [_job_to_json(progress) for progress in done],
-    }
-
-
-def _job_to_json(progress: Progress) -> dict[str, Any]:
-    from parallax_gen.memory.descriptions import shape_of
-
-    job, best = progress.job, progress.best
-    time_us = best.time_us if best else None
-    return {
-        "spec": job.spec.to_dict(),
-        "bucket": job.bucket.to_dict(),
-        "shape": job.shape.to_dict(),
-        "outcome": best.outcome.value if best else None,
-        "config": config_to_dict(best.config) if best else None,
-        "time_us": time_us,
-        "rate": rate(job.spec, shape_of(best), time_us) if best and time_us else None,
-        "rate_unit": rate_unit(job.spec.op),
-        "trials": progress.done,
-        "known": progress.known,
-        "elsewhere": progress.other_tuners,
-        "failures": _failures(progress),
-        "seconds": progress.seconds,
-    }

@@ -129,7 +129,7 @@ def serving_steps(model: Model, run: Serving) -> list[Step]:
         for window, layers in model.windows:
             flags = Flags(varlen=True, window=window or None, **cache)
             calls.update({_cached(model, batch, chunk, capacity, flags): layers})
-        steps.append(Step(f"chunk, batch {batch}", f"{chunk} tokens of a prompt, {keys}, {where}", _calls(calls)))
+        steps.append(Step(f"chunk, batch {batch}", f"{chunk} tokens of each prompt, {keys}, {where}", _calls(calls)))
     return steps if run.page_size or run.cache_dtype else [*steps, *_generation_steps(model, run)]
 
 

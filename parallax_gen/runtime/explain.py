@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parallax_gen.codegen.build import write
 from parallax_gen.codegen.render import render
@@ -14,6 +15,7 @@ from parallax_gen.memory.ranking import Candidate, Tier, comparable_here, is_ren
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.ops.base import config_to_dict
 from parallax_gen.ops.space import why_invalid
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -66,6 +68,30 @@ def explanation_of(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, ori
         predicted=[r for r in results if not r.outcome.tried][:MAX_ALTERNATIVES],
         unused=unused[:MAX_ALTERNATIVES],
     )
+
+
+def to_json(explanation: Explanation, origins: Origins) -> dict[str, Any]:
+    """An explanation as a JSON document."""
+    place, record = explanation.choice.place, explanation.choice.record
+    return {
+        "gpu": place.gpu,
+        "spec": explanation.spec.to_dict(),
+        "shape": explanation.shape.to_dict(),
+        "bucket": place.bucket.to_dict(),
+        "config": config_to_dict(explanation.choice.config),
+        "file": str(explanation.file),
+        "from": explanation.origin,
+        "tier": explanation.choice.candidate.tier.text,
+        "reason": explanation.reason,
+        "checked": explanation.choice.checked,
+        "refused": [{"why": reason, "config": config_to_dict(c.config)} for c, reason in explanation.choice.refused],
+        "record": None if record is None else origins.to_json(record),
+        "runners_up": [
+            {"tier": c.tier.text, "record": origins.to_json(c.record)} for c in explanation.runners_up if c.record
+        ],
+        "predicted": [origins.to_json(r) for r in explanation.predicted],
+        "unused": [{"why": reason, "record": origins.to_json(result)} for result, reason in explanation.unused],
+    }
 
 
 def _reason(

@@ -29,7 +29,7 @@ from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
-from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual_shapes
+from parallax_gen.problem.workloads import NO_FLAGS, STEP, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual_shapes
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,28 @@ def refresh_jobs(memory: Memory, gpu: Gpu, is_wanted: Callable[[Place], bool] = 
     names = (gpu.name, *siblings(gpu))
     measured = (result.place for name in names for result in memory.all(name) if result.measured)
     places = dict.fromkeys(replace(place, gpu=gpu.name) for place in measured)
-    chosen = {place: best(place, gpu, memory) for place in places if is_wanted(place) and _fits(place, gpu)}
+    wanted = (place for place in places if is_wanted(place) and _fits(place, gpu))
+    return weakest_first({place: best(place, gpu, memory).tier for place in wanted}, gpu)
+
+
+def weakest_first(tiers: Mapping[Place, Tier], gpu: Gpu) -> list[Job]:
+    """A job for every place, those with the weakest evidence first; the kernels of a training step stay together."""
     steps: dict[tuple[KernelSpec, Bucket], list[Place]] = {}
-    for place in chosen:
+    for place in tiers:
         steps.setdefault((step_spec(place.spec), place.bucket), []).append(place)
-    order = sorted(steps.values(), key=lambda step: max(chosen[place].tier for place in step), reverse=True)
+    order = sorted(steps.values(), key=lambda step: max(tiers[place] for place in step), reverse=True)
     return [Job(place.spec, place.bucket, gpu) for step in order for place in step]
+
+
+def matches_filters(place: Place, *, ops: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> bool:
+    """Whether a place matches the given filters; an empty filter matches everything."""
+    spec = place.spec
+    in_step = spec.public_op in STEP and (spec.stats or spec.public_op != "forward")
+    return (
+        (not ops or spec.public_op in ops or (TRAINING in ops and in_step))
+        and (not head_dims or spec.head_dim in head_dims)
+        and (not dtypes or spec.dtype in dtypes)
+    )
 
 
 def _fits(place: Place, gpu: Gpu) -> bool:
