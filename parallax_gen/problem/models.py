@@ -99,10 +99,12 @@ FAMILIES = {
     "gemma": Family(needs=_GEMMA),
     "gemma2": Family("pattern", 2, (*_GEMMA, "sliding_window", "attn_logit_softcapping")),
     "gemma3_text": Family("pattern", 6, (*_GEMMA, "sliding_window"), defaults=_GEMMA3_DEFAULTS),
+    "glm": Family(needs=_GEMMA),
     "glm4": Family(needs=_GEMMA),
     "gpt2": Family(names=_GPT2_NAMES),
     "granite": _PLAIN,
     "llama": _PLAIN,
+    "ministral": Family("late", needs=(*_GEMMA, "sliding_window")),  # from the first layer on
     "ministral3": Family("all", needs=_GEMMA),
     "mistral": Family("all", needs=(*_GQA, "sliding_window")),
     "mixtral": Family("all", needs=_GQA),
