@@ -249,3 +249,10 @@ print("imported", json.dumps(launch.__module__))
 """
     out, err = start_python("-c", "import json" + code).communicate(timeout=60)
     assert out.splitlines()[-1] == "imported " + json.dumps("decode_d128_bf16_g1_rows8_kv1024"), err
+
+
+def test_without_a_card_it_is_for_the_h200(tmp_path: Path) -> None:
+    result = run("export", *CALL[2:], "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["gpu"] == "h200"
+    assert result.stderr == "no CUDA device here, so this is for h200: --gpu names another card\n"
