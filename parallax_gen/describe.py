@@ -26,6 +26,7 @@ _LETTERS = {
     "num_stages": "s",
     "HEAD_DIM_LAYOUT": "",
     "maxnreg": "r",
+    "LOADS": "",
     "MASK": "",
     "QR_TILE": "",
     "SOFTMAX": "",
@@ -38,12 +39,13 @@ _SHORT_VALUES: dict[object, str] = {
     "fixed_reference": "fixed",
     "before_exp": "pre",
     "stacked": "qr",
+    "descriptors": "tma",
 }
 
 LEGEND = (
     "config: M, N, H = BLOCK_M, BLOCK_N, BLOCK_H; G = GROUP_HEADS; S = NUM_SPLITS; w, s = num_warps, num_stages;\n"
     "r = maxnreg; words are values of other knobs: chunk = chunked, fixed = fixed_reference, pre = before_exp,\n"
-    "qr = QR_TILE stacked; "
+    "qr = QR_TILE stacked, tma = LOADS descriptors; "
     "BxH: batch x kv_heads; seqlen: queries x keys, or only keys if both are equal or there is one query; W: window"
 )
 

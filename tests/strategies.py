@@ -226,6 +226,18 @@ GOLDEN = {
         KernelSpec("dqdr", 128, "bf16", causal=True),
         DqDrConfig(128, 64, GROUP_HEADS=4, num_warps=8, num_stages=3, MASK="before_exp", QR_TILE="stacked"),
     ),
+    "forward_descriptors": Kernel(
+        KernelSpec("forward", 128, "bf16", causal=True, stats=True),
+        ForwardConfig(64, 64, GROUP_HEADS=4, num_warps=4, num_stages=2, LOADS="descriptors", SOFTMAX="fixed_reference"),
+    ),
+    "dkdv_descriptors": Kernel(
+        KernelSpec("dkdv", 128, "bf16", group=4, causal=True),
+        DkDvConfig(32, 64, GROUP_HEADS=4, num_warps=4, num_stages=3, LOADS="descriptors", QR_TILE="stacked"),
+    ),
+    "dqdr_descriptors": Kernel(
+        KernelSpec("dqdr", 96, "bf16"),
+        DqDrConfig(64, 64, 4, num_warps=4, num_stages=3, HEAD_DIM_LAYOUT="chunked", LOADS="descriptors"),
+    ),
 }
 
 

@@ -21,6 +21,7 @@ from parallax_gen.oracle.accuracy import why_wrong
 from parallax_gen.oracle.inputs import attend, oracle_options, random_inputs_of, softmax_scale
 from parallax_gen.oracle.reference import Gradients, reference_backward, reference_varlen_backward
 from parallax_gen.problem.hardware import Gpu
+from parallax_gen.runtime.described import described_tensors
 
 STEPS = 500
 
@@ -41,12 +42,19 @@ def inputs_of(case: StepCase, device: str) -> Inputs:
 
 
 def run(case: StepCase, inputs: Inputs, gpu: Gpu) -> dict[str, torch.Tensor]:
-    """Launch the case's kernels: out, lse, t_mean, v_mean, dq, dr, dk and dv."""
+    """Launch the case's kernels: out, lse, t_mean, v_mean, dq, dr, dk and dv.
+
+    As in a call, tensors that allow no descriptors are loaded by pointers.
+    """
 
     def launch(op: str, kernel_inputs: Inputs) -> Call:
         spec, config = case.spec.for_op(op), case.configs[op]
         call = verify.poisoned_call(spec, config, kernel_inputs)
-        load(render(spec, config, gpu)).launch(*call.arguments(softmax_scale(spec)))
+        arguments = call.arguments(softmax_scale(spec))
+        described = described_tensors(spec, config, gpu)
+        by_pointers = described is not None and not described.allow(arguments)  # type: ignore[arg-type]
+        module = described.by_pointers() if by_pointers else load(render(spec, config, gpu))  # type: ignore[union-attr]
+        module.launch(*arguments)
         return call
 
     step = launch("forward", inputs).written

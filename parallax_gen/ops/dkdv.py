@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from parallax_gen.ops.base import CostHints, Knob, register
 from parallax_gen.ops.gradients import MASK, QR_TILE, GradientConfig, GradientOp
 from parallax_gen.ops.tile_form import GradientForm, tile_fields
-from parallax_gen.ops.tiles import TILE_KNOBS, Tiles, row_bytes
+from parallax_gen.ops.tiles import TILE_KNOBS, Tile, Tiles, row_bytes
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -40,6 +40,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
     # Row statistics lie along the columns of tiles, which costs registers: a program holds them and tiles of scores.
     costs = CostHints(reached=0.5, spilled=3.0)
     owns_keys = True
+    streamed = ("q", "r", "do")
     tiles = Tiles(
         usual=((32, 64, 4, 3), (32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
         narrow=((64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3)),
@@ -47,6 +48,9 @@ class DkDvOp(GradientOp[DkDvConfig]):
         split=((32, 128, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2)),
         fp32=((32, 32, 8, 2), (16, 16, 4, 2)),
     )
+
+    def described(self, config: DkDvConfig) -> tuple[tuple[str, ...], ...]:
+        return (("q", "r"), ("do",)) if config.QR_TILE == "stacked" else super().described(config)
 
     def owned_rows(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
         owned = 2 * config.BLOCK_N
@@ -70,6 +74,12 @@ class DkDvOp(GradientOp[DkDvConfig]):
         head_bytes = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
         return max(1, gpu.l2_bytes // 2 // head_bytes)
 
+    def tiles_by_descriptors(self, spec: KernelSpec, layout: str) -> tuple[Tile, ...]:
+        return ((64, 64, 4, 2),) if layout == "chunked" and spec.head_dim <= 128 else ()
+
+    def descriptors_pay(self, config: DkDvConfig) -> bool:
+        return True
+
     def with_fewer_instructions(self, config: DkDvConfig) -> DkDvConfig:
         return replace(config, MASK="before_exp", ROW_STATS="fused")
 
@@ -80,12 +90,13 @@ class DkDvOp(GradientOp[DkDvConfig]):
     def instructions_factor(self, spec: KernelSpec, config: DkDvConfig) -> float:
         """ROW_STATS from one H100, at head_dim 64 and 128: narrow heads gain more. Registers cost by the spills.
 
-        QR_TILE from one H200, at head_dim 64 to 256: the mean of 1.07 under Triton 3.6 and 1.15 under 3.9.
+        QR_TILE from one H200, at head_dim 64 to 256: the mean of 1.07 under Triton 3.6 and 1.15 under 3.9; LOADS
+        likewise: that of 1.06 and 1.11.
         """
-        of_qr_tile = 1.1 if config.QR_TILE == "stacked" else 1.0
+        factor = (1.1 if config.QR_TILE == "stacked" else 1.0) * (1.08 if config.LOADS == "descriptors" else 1.0)
         if config.ROW_STATS != "fused":
-            return of_qr_tile
-        return of_qr_tile * (1.07 if spec.head_dim <= 64 else 0.95)
+            return factor
+        return factor * (1.07 if spec.head_dim <= 64 else 0.95)
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("dk", "dv")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from parallax_gen.ops.base import CostHints, register
 from parallax_gen.ops.gradients import MASK, QR_TILE, GradientConfig, GradientOp
 from parallax_gen.ops.tile_form import GradientForm, tile_fields
-from parallax_gen.ops.tiles import TILE_KNOBS, Tiles
+from parallax_gen.ops.tiles import TILE_KNOBS, Tile, Tiles
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
 
@@ -54,6 +54,11 @@ class DqDrOp(GradientOp[DqDrConfig]):
         """Up to half a block more than in other ops."""
         return self.block_bytes(spec, config) * 3 // 2
 
+    def tiles_by_descriptors(self, spec: KernelSpec, layout: str) -> tuple[Tile, ...]:
+        if layout == "chunked" and spec.head_dim <= 128:
+            return ((64, 64, 4, 3),)
+        return ((64, 64, 4, 2),) if spec.window and 64 < spec.head_dim <= 128 and layout == "native" else ()
+
     def with_fewer_instructions(self, config: DqDrConfig) -> DqDrConfig:
         return replace(config, MASK="before_exp")
 
@@ -64,12 +69,15 @@ class DqDrOp(GradientOp[DqDrConfig]):
     def instructions_factor(self, spec: KernelSpec, config: DqDrConfig) -> float:
         """MASK from one H100, at head_dim 64 and 128: narrow heads gain more, since they have less to multiply.
 
-        QR_TILE from one H200: the mean of 0.98 under Triton 3.6 and 1.06 under 3.9.
+        QR_TILE from one H200: the mean of 0.98 under Triton 3.6 and 1.06 under 3.9. LOADS likewise, with 4 warps: that
+        of 1.01 and 1.10.
         """
-        of_qr_tile = 1.02 if config.QR_TILE == "stacked" else 1.0
+        factor = 1.02 if config.QR_TILE == "stacked" else 1.0
+        if config.LOADS == "descriptors" and config.num_warps == 4:
+            factor *= 1.05
         if config.MASK != "before_exp":
-            return of_qr_tile
-        return of_qr_tile * (1.035 if spec.head_dim <= 64 else 0.99)
+            return factor
+        return factor * (1.035 if spec.head_dim <= 64 else 0.99)
 
     def written(self, spec: KernelSpec) -> tuple[str, ...]:
         return ("dq", "dr")

@@ -19,6 +19,7 @@ class ForwardVariant:
     stacks          whether p and p·t are stacked for one matmul, whose accumulator stacks o1 and o2
     separate_zeros  whether each element of o1 and o2 starts from a zero of its own
     k_base, v_base  the pointers to the first block of k and of v
+    by_descriptors  whether it loads blocks of k and v by descriptors
     """
 
     fixup: bool
@@ -27,6 +28,7 @@ class ForwardVariant:
     separate_zeros: bool
     k_base: str
     v_base: str
+    by_descriptors: bool
 
     def constants(self, stats: bool) -> list[Constant]:
         """The constants that a kernel of this variant has beside those of its tiles."""
@@ -59,12 +61,13 @@ class ForwardForm(TileForm):
         small = registers <= 64 and config.num_warps <= 4
         stacks = self.fixed_reference and small and config.BLOCK_M >= 16 * config.num_warps
         separate_zeros = self.fixed_reference and not stacks and self.is_centered
-        return ForwardVariant(False, not self.fixed_reference, stacks, separate_zeros, "k_ptr", "v_ptr")
+        online = not self.fixed_reference
+        return ForwardVariant(False, online, stacks, separate_zeros, "k_ptr", "v_ptr", self.by_descriptors)
 
     @property
     def fixup_variant(self) -> ForwardVariant:
-        """The variant in fixup_kernel."""
-        return ForwardVariant(True, True, False, False, "k_head", "v_head")
+        """The variant in fixup_kernel, which hardly ever computes a tile: by pointers in any case."""
+        return ForwardVariant(True, True, False, False, "k_head", "v_head", False)
 
     @property
     def is_centered(self) -> bool:

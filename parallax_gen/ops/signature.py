@@ -178,6 +178,11 @@ def strides(spec: KernelSpec, tensor: str, letter: str, constant: bool = False) 
     return Argument(tuple(f"stride_{name}{letter}" for letter in letters), f"*{tensor}.stride()[:{len(letters)}]")
 
 
+def head_strides(tensor: str) -> tuple[Argument, Argument]:
+    """The strides of batches and of heads of a dense tensor, for a kernel that needs no other."""
+    return number(f"stride_{tensor}b", f"{tensor}.stride(0)"), number(f"stride_{tensor}h", f"{tensor}.stride(2)")
+
+
 def number(parameter: str, expression: str = "") -> Argument:
     """A number. Without an expression, `launch` has a variable of the same name."""
     return Argument((parameter,), expression or parameter)

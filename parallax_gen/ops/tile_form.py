@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallax_gen.ops.base import PADDED_TO_IN_KERNELS
+from parallax_gen.ops.descriptors import Descriptor
 from parallax_gen.ops.head_dim import Chunk, width_of
 from parallax_gen.ops.signature import SOFTCAP_ABOUT, Constant, Index, Padding, dim_constants
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
@@ -107,6 +108,26 @@ class TileForm:
     def stacks_qr(self) -> bool:
         """Whether rows of q and r are stacked in one tile, so that one matmul gives s and t."""
         return getattr(self.config, "QR_TILE", "separate") == "stacked"
+
+    @property
+    def by_descriptors(self) -> bool:
+        """Whether blocks are loaded by descriptors."""
+        return bool(self.descriptors)
+
+    @property
+    def descriptors(self) -> tuple[Descriptor, ...]:
+        """The descriptors that `launch` makes."""
+        return self.op.descriptors(self.spec, self.config)
+
+    @property
+    def describes_qr(self) -> bool:
+        """Whether a descriptor has q and r as the two parts of one tensor."""
+        return any(descriptor.stacks_qr for descriptor in self.descriptors)
+
+    def descriptor_of(self, name: str, chunk: Chunk) -> str:
+        """The name of the descriptor that loads a chunk of the tiles `name`: q, or qr for q and r stacked."""
+        tensors = tuple(name) if name == "qr" else (name,)
+        return next(d.name for d in self.descriptors if (d.tensors, d.width) == (tensors, chunk.width))
 
     @property
     def masks_edge_blocks_only(self) -> bool:
@@ -233,7 +254,7 @@ class TileForm:
     @property
     def argument_docs(self) -> list[tuple[str, str]]:
         """The descriptions of lengths and integers that `launch` takes."""
-        about = []
+        about = self._descriptor_docs
         if self.spec.varlen:
             where = "the first row of each sequence in q, and the end of the last one"
             about.append(("cu_seqlens_q", f"(batch + 1,) int32: {where}"))
@@ -246,6 +267,16 @@ class TileForm:
         if self.spec.window:
             about.append(("window_size", "a query sees its last window_size keys; 1 or more"))
         return about
+
+    @property
+    def _descriptor_docs(self) -> list[tuple[str, str]]:
+        """What descriptors require of the tensors that they describe."""
+        if not self.descriptors:
+            return []
+        *others, last = dict.fromkeys(tensor for descriptor in self.descriptors for tensor in descriptor.tensors)
+        what = f"{', '.join(others)} and {last}"
+        same = [("", "q and r have the same strides, and q is at the lower address")] * self.describes_qr
+        return [("", f"{what} start at multiples of 16 bytes, as do their rows, heads and sequences"), *same]
 
     @property
     def padding_rows_doc(self) -> str:

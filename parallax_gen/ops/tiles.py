@@ -8,6 +8,14 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
 from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Knob, Op, OpKind, Value
+from parallax_gen.ops.descriptors import (
+    LOADS,
+    Descriptor,
+    descriptor_arguments,
+    descriptors_of,
+    other_loads,
+    why_no_descriptors,
+)
 from parallax_gen.ops.head_dim import Chunk, head_dim_layouts, other_half_of, this_half_of, width_of
 from parallax_gen.ops.signature import Argument, Signature, number, pointers, score_scales, strides
 from parallax_gen.problem.hardware import KIB, Gpu
@@ -29,6 +37,8 @@ class TileConfig(KernelConfig):
                      (96 = 64 + 32); "padded", the next power of two, filled with zeros; "split", for wide heads: two
                      programs share a tile, each computes all scores, and each accumulates half of the output
     maxnreg          a limit of registers per thread, so that more programs are resident; 0 for no limit
+    LOADS            how blocks are loaded: by "pointers", one for each element; or by tensor "descriptors", for dense
+                     tensors in 16 bits whose start and strides are multiples of 16 bytes
     """
 
     BLOCK_M: int
@@ -38,6 +48,7 @@ class TileConfig(KernelConfig):
     num_stages: int
     HEAD_DIM_LAYOUT: str = "native"
     maxnreg: int = 0
+    LOADS: str = "pointers"
 
 
 T = TypeVar("T", bound=TileConfig)
@@ -50,6 +61,7 @@ TILE_KNOBS = (
     Knob("num_stages", (1, 2, 3, 4)),
     Knob("HEAD_DIM_LAYOUT", ("native", "split", "chunked", "padded")),
     Knob("maxnreg", (0, 168, 128)),
+    LOADS,
 )
 
 # Tensors whose rows are query rows, and tensors whose rows are keys.
@@ -87,6 +99,7 @@ class TiledOp(Op[T]):
     owns_keys   whether a program owns keys and streams query rows, not the reverse
     pads_wide   whether by default every head_dim over 128 that is no power of two is padded
     fp32_shift  log2 of the fp32 tile size that a warp's registers hold: see `why_invalid`
+    streamed    the tensors that a program streams in blocks
     """
 
     kind = OpKind.TILES
@@ -94,6 +107,7 @@ class TiledOp(Op[T]):
     owns_keys: ClassVar[bool] = False
     pads_wide: ClassVar[bool] = False
     fp32_shift: ClassVar[int] = 19
+    streamed: ClassVar[tuple[str, ...]] = ("k", "v")
 
     def owned_and_streamed(self, config: T) -> tuple[int, int]:
         """The block sizes of the side that a program owns and of the side that it streams."""
@@ -104,11 +118,15 @@ class TiledOp(Op[T]):
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         if knob.name == "HEAD_DIM_LAYOUT":
             return head_dim_layouts(spec.head_dim)
+        if knob.name == LOADS.name and (spec.varlen or spec.bytes_per_element != 2):
+            return knob.values[:1]
         if knob.name == "BLOCK_N" and spec.bytes_per_element == 2:
             return tuple(v for v in knob.values if v != 16)  # too few keys for tensor cores
         return knob.values
 
     def why_invalid(self, spec: KernelSpec, config: T, gpu: Gpu) -> str | None:
+        if config.LOADS == "descriptors" and (reason := why_no_descriptors(spec, gpu)) is not None:
+            return reason
         tile = f"a {config.BLOCK_M}x{config.BLOCK_N} tile"
         if config.HEAD_DIM_LAYOUT not in head_dim_layouts(spec.head_dim):
             return f"HEAD_DIM_LAYOUT {config.HEAD_DIM_LAYOUT!r} cannot be combined with head_dim {spec.head_dim}"
@@ -188,14 +206,30 @@ class TiledOp(Op[T]):
         pads = spec.head_dim > 128 and "padded" in layouts and (self.pads_wide or spec.head_dim % 64 > 0)
         layout = "padded" if pads else layouts[0]
         split_tiles = self.tiles.split if "split" in layouts and spec.bytes_per_element == 2 else ()
+        if gpu.capability[0] == 9 and why_no_descriptors(spec, gpu) is None:
+            tiles = (*self.tiles_by_descriptors(spec, layout), *tiles)
         configs = [
             *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in split_tiles),
             *(self.config(m, n, group_heads, w, s, layout) for m, n, w, s in (*tiles, *SMALLEST_TILES)),
         ]
-        return [
+        configs = [
             self.with_fewer_instructions(config) if self._has_fewer_by_default(spec, config, gpu) else config
             for config in configs
         ]
+        if gpu.capability[0] != 9 or why_no_descriptors(spec, gpu) is not None:
+            return configs
+        return [replace(config, LOADS="descriptors") if self.descriptors_pay(config) else config for config in configs]
+
+    def tiles_by_descriptors(self, spec: KernelSpec, layout: str) -> tuple[Tile, ...]:
+        """Default tiles that go first on Hopper, loaded by descriptors. layout: the config's HEAD_DIM_LAYOUT."""
+        return ()
+
+    def descriptors_pay(self, config: T) -> bool:
+        """Whether a default config on Hopper loads by descriptors: where they were faster on an H200.
+
+        Under Triton 3.6 and 3.9, with windows, GQA and softcap. Programs of 8 warps with wide tiles spill more by them.
+        """
+        return config.num_warps == 4
 
     def heads_in_l2(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
         """The number of query heads whose keys and values fill half of L2."""
@@ -209,6 +243,7 @@ class TiledOp(Op[T]):
                 plain if (plain := self._plain(config)) != config else self.with_fewer_instructions(config)
                 for config in first
             ),
+            *(replace(config, LOADS=other_loads(config.LOADS)) for config in first),
             *(replace(default, GROUP_HEADS=heads) for heads in (1, 4, 16, 0)),
             *(replace(default, HEAD_DIM_LAYOUT=layout) for layout in head_dim_layouts(spec.head_dim)),
             # Three resident programs of 4 warps instead of two, at the price of some spills.
@@ -251,24 +286,58 @@ class TiledOp(Op[T]):
         return spec.causal and not self.owns_keys
 
     def signatures(self, spec: KernelSpec, config: T) -> dict[str, Signature]:
-        return {self.name: self.signature(spec, config, self.sizes_passed(spec, config))}
+        sizes = self.sizes_passed(spec, config)
+        return {self.name: self.signature(spec, config, sizes, self.descriptors(spec, config))}
 
-    def signature(self, spec: KernelSpec, config: T, sizes: dict[str, str]) -> Signature:
-        """The signature of a kernel that takes `sizes` last.
+    def descriptors(self, spec: KernelSpec, config: T) -> tuple[Descriptor, ...]:
+        """The descriptors of the tensors that a program streams."""
+        if config.LOADS == "pointers":
+            return ()
+        _, rows = self.owned_and_streamed(config)
+        return tuple(
+            descriptor
+            for tensors in self.described(config)
+            for descriptor in descriptors_of(tensors, rows, self.streamed_chunks(spec, config, tensors[0]))
+        )
+
+    def described(self, config: T) -> tuple[tuple[str, ...], ...]:
+        """The streamed tensors by descriptor: one each, or one for two."""
+        return tuple((tensor,) for tensor in self.streamed)
+
+    def streamed_chunks(self, spec: KernelSpec, config: T, tensor: str) -> list[Chunk]:
+        """The chunks of a head in which a program loads a streamed tensor."""
+        return self.score_and_output_chunks(spec.head_dim, config.HEAD_DIM_LAYOUT)[0]
+
+    def signature(
+        self, spec: KernelSpec, config: T, sizes: dict[str, str], descriptors: tuple[Descriptor, ...] = ()
+    ) -> Signature:
+        """The signature of a kernel that takes `descriptors` first and `sizes` last.
 
         The row strides of tensors that a program streams are compile-time constants: they hardly ever change, and
         constant offsets take fewer registers.
         """
-        streamed = QUERY_ROW_TENSORS if self.owns_keys else KEY_TENSORS
+        described = {tensor for descriptor in descriptors for tensor in descriptor.tensors}
+        by_pointer = {*self.tensors(spec, config)} - described | {*self.also_by_pointer(config)}
+        given = [tensor for tensor in self.tensors(spec, config) if tensor in by_pointer]
         tensors = [t for t in (*self.inputs(spec), *self.written(spec)) if t in (*QUERY_ROW_TENSORS, *KEY_TENSORS)]
         passed = (
-            *pointers(self.tensors(spec, config)),
-            *(strides(spec, t, "n" if t in KEY_TENSORS else "m", constant=t in streamed) for t in tensors),
+            *descriptor_arguments(descriptors),
+            *pointers(given),
+            *(a for t in tensors if t in by_pointer for a in self.strides_by_pointer(spec, t, t in described)),
             *self.parameters_before_scale_log2(spec),
             *score_scales(spec),
             *(number(name, expression) for name, expression in sizes.items()),
         )
         return Signature(passed, tuple(sizes))
+
+    def also_by_pointer(self, config: T) -> tuple[str, ...]:
+        """The tensors that a kernel reads by a pointer, too, if it loads their blocks by descriptors."""
+        return ()
+
+    def strides_by_pointer(self, spec: KernelSpec, tensor: str, described: bool) -> tuple[Argument, ...]:
+        """The strides of a tensor with a pointer. described: whether the kernel also has a descriptor of it."""
+        letter = "n" if tensor in KEY_TENSORS else "m"
+        return (strides(spec, tensor, letter, constant=tensor in self.streamed),)
 
     def parameters_before_scale_log2(self, spec: KernelSpec) -> tuple[Argument, ...]:
         """The parameters between the strides and scale_log2."""

@@ -50,6 +50,11 @@ def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str, kin
         r *= default_scale(spec.head_dim)
     else:
         (q, k), softcap = peaked(kind, q, k, generator), PEAKED_SOFTCAP
+    if r.data_ptr() < q.data_ptr():  # a descriptor of both needs q at the lower address: see ops/descriptors.py
+        values_of_q = q.clone()
+        q.copy_(r)
+        r.copy_(values_of_q)
+        q, r = r, q
     return Inputs(q, r, k, v, window_size=shape.window, softcap=softcap if spec.softcap else 0.0)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from operator import itemgetter
 from types import ModuleType
 from typing import Any
@@ -24,14 +25,42 @@ ALIGNMENT = 16  # bytes: Triton specialises code for pointers with this alignmen
 
 
 @dataclass(frozen=True)
+class DescriptorOf:
+    """A tensor descriptor that a launch makes anew: of the tensor at an index, or of that and the next as one tensor.
+
+    template  the descriptor of the first launch, without its tensor
+    """
+
+    template: Any
+    index: int
+    with_next: bool
+
+    @classmethod
+    def of(cls, descriptor: Any, index: int) -> DescriptorOf:
+        template = copy(descriptor)
+        template.base = None
+        return cls(template, index, len(descriptor.shape) > descriptor.base.dim())
+
+    def make(self, tensors: Sequence[Tensor], addresses: Sequence[int]) -> Any:
+        """The descriptor. Its checks are skipped: the caller knows that sizes, strides and alignment are allowed."""
+        descriptor, tensor = copy(self.template), tensors[self.index]
+        descriptor.base = tensor
+        if self.with_next:
+            distance = addresses[self.index + 1] - addresses[self.index]
+            descriptor.strides = [distance // tensor.element_size(), *self.template.strides[1:]]
+        return descriptor
+
+
+@dataclass(frozen=True)
 class DirectLaunch:
-    """One compiled kernel at its grid, the indices of the tensors that it takes, and the scalars after them."""
+    """One compiled kernel at its grid, and its arguments: descriptors, tensors by their indices, and scalars."""
 
     kernel: Callable[..., None]  # Triton's compiled kernel at the grid: calls the hooks of profilers
+    descriptors: tuple[DescriptorOf, ...]
     tensors: tuple[int, ...]
     scalars: tuple[Any, ...]
     # The same kernel without hooks: takes the stream and the addresses of all tensors. None: this Triton has another
-    # launcher, or the kernel needs memory in each launch.
+    # launcher, or the kernel takes descriptors, or needs memory in each launch.
     by_address: Callable[[int, Sequence[int]], None] | None
 
 
@@ -43,6 +72,7 @@ def launch_by_jit(
     Returns None if they cannot be made directly: a kernel was not compiled, or takes a tensor that was not given.
     """
     from triton.compiler import CompiledKernel
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     # A distinct object for each position, even if one tensor is passed twice.
     inputs = [tensor.detach() for tensor in tensors]
@@ -50,16 +80,19 @@ def launch_by_jit(
     launches: list[DirectLaunch | None] = []
 
     def watch(launch: Launch) -> None:
-        arguments = launch.arguments
+        described = tuple(takewhile(lambda argument: isinstance(argument, TensorDescriptor), launch.arguments))
+        arguments = launch.arguments[len(described) :]
         count = sum(isinstance(argument, Tensor) for argument in arguments)
-        all_known = all(id(argument) in positions for argument in arguments[:count])
+        tensors = (*(descriptor.base for descriptor in described), *arguments[:count])
+        all_known = all(id(tensor) in positions for tensor in tensors)
         if not (isinstance(launch.compiled, CompiledKernel) and all_known):
             launches.append(None)
             return
-        indices = tuple(positions[id(argument)] for argument in arguments[:count])
+        descriptors = tuple(DescriptorOf.of(descriptor, positions[id(descriptor.base)]) for descriptor in described)
+        indices, scalars = tuple(positions[id(argument)] for argument in arguments[:count]), arguments[count:]
         whole_grid = (*launch.grid, 1, 1)[:3]
-        by_address = _launcher_by_address(launch.compiled, whole_grid, indices, arguments[count:])
-        launches.append(DirectLaunch(launch.compiled[whole_grid], indices, arguments[count:], by_address))
+        by_address = None if described else _launcher_by_address(launch.compiled, whole_grid, indices, scalars)
+        launches.append(DirectLaunch(launch.compiled[whole_grid], descriptors, indices, scalars, by_address))
 
     with watch_launches(module, watch):
         module.launch(*inputs, *scalars)
@@ -74,7 +107,8 @@ def launch_directly(
     hooked = _launches_are_hooked()
     for launch in launches:
         if launch.by_address is None or hooked:
-            launch.kernel(*[tensors[i] for i in launch.tensors], *launch.scalars, stream=stream)
+            descriptors = [descriptor.make(tensors, addresses) for descriptor in launch.descriptors]
+            launch.kernel(*descriptors, *[tensors[i] for i in launch.tensors], *launch.scalars, stream=stream)
         else:
             launch.by_address(stream, addresses)
 

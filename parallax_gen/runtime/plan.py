@@ -17,6 +17,7 @@ from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.ops.base import Scratch, op_of
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.described import DescribedTensors, described_tensors
 from parallax_gen.runtime.direct_launch import DirectLaunch, are_aligned, launch_by_jit, launch_directly
 from parallax_gen.runtime.dispatch import default_dispatcher, user_stacklevel
 from parallax_gen.runtime.workspace import Workspace, split_workspace
@@ -101,6 +102,7 @@ class LaunchPlan:
     spec     of the module: its op says which tensors its `launch` takes
     scalars  those that `launch` takes after the tensors
     renamed  op's tensor name -> the request's field name, for tensors whose names differ
+    described  the tensors that the module loads by descriptors, and another module for tensors that allow none
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class LaunchPlan:
         device: int,
         scratch: Scratch,
         renamed: Mapping[str, str] = MappingProxyType({}),
+        described: DescribedTensors | None = None,
     ):
         self._module = module
         op = op_of(spec)
@@ -121,6 +124,7 @@ class LaunchPlan:
         self._lengths: Callable[[object], tuple[Tensor, ...]] | None = attrgetter(*lengths, "q") if lengths else None
         self._scalars = scalars
         self._device = device
+        self._described = described
         self.scratch = scratch
         self._workspace = shared_workspace(device) if scratch.floats else None
         self._direct: tuple[DirectLaunch, ...] | None = None
@@ -146,7 +150,9 @@ class LaunchPlan:
                 states, counters = split_workspace(workspace, scratch)
             tensors = (*tensors, states, counters) if scratch.counters else (*tensors, states)
         addresses = list(map(Tensor.data_ptr, tensors))
-        if not are_aligned(addresses):
+        if self._described is not None and not self._described.allow(tensors):
+            self._described.by_pointers().launch(*tensors, *self._scalars)
+        elif not are_aligned(addresses):
             self._module.launch(*tensors, *self._scalars)
         elif self._direct is not None:
             launch_directly(self._direct, tensors, addresses, stream)
@@ -171,9 +177,10 @@ def plan_launch(
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> LaunchPlan:
     """The plan to launch the best known kernel for `spec` at `shape`. scalars, renamed: see `LaunchPlan`."""
-    choice, module = default_dispatcher().kernel(spec, shape, gpu_of_device(device))
+    gpu = gpu_of_device(device)
+    choice, module = default_dispatcher().kernel(spec, shape, gpu)
     scratch = op_of(spec).scratch(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
-    return LaunchPlan(module, spec, scalars, device, scratch, renamed)
+    return LaunchPlan(module, spec, scalars, device, scratch, renamed, described_tensors(spec, choice.config, gpu))
 
 
 def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:

@@ -15,7 +15,7 @@ from parallax_gen.problem.hardware import GPUS
 GPU = GPUS["h200"]
 
 # Endings and beginnings that the README's table of patterns explains.
-ENDINGS = r"_ptrs?|_offsets?|_head|_block|_row|_splits|_chunk|_stack|_qr|_\d|_this|_other|64"
+ENDINGS = r"_ptrs?|_offsets?|_head|_block|_row|_splits|_chunk|_stack|_qr|_\d|_this|_other|64|32|_desc|_desc_\d+"
 BEGINNINGS = r"stride_|offs_|mask_|range_|start_|num_|total_|first_"
 # Names in the table of patterns, and names that need no explanation.
 PLAIN = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,14 +136,14 @@ def dense_reference(
     value: Tensor,
     mask: Tensor,
     *,
-    r: Tensor,
+    r: Callable[[], Tensor],
     scaling: float,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Dense attention by the formula, in fp64. mask (batch, 1, new tokens, keys): True where a query sees a key."""
     group = query.shape[1] // key.shape[1]
-    q, r, k, v = (x.double() for x in (query, r, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)))
+    q, r, k, v = (x.double() for x in (query, r(), key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)))
     s = scaling * q @ k.mT
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def test_r_is_projected_and_rotated_like_q(name: str, monkeypatch: pytest.Monkey
     model = converted_model(name)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def spy(module: nn.Module, query: Tensor, *arguments: Any, r: Tensor, **options: Any) -> Any:
-        seen.append((query, r))
-        return parallax_attention(module, query, *arguments, r=r, **options)
+    def spy(module: nn.Module, query: Tensor, *arguments: Any, r: Callable[[], Tensor], **options: Any) -> Any:
+        seen.append((query, r()))
+        return parallax_attention(module, query, *arguments, r=seen[-1][1], **options)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "parallax", spy)
     for attention in attentions(model):

@@ -214,6 +214,8 @@ def test_two_warps_share_rows_of_wide_heads() -> None:
         ("dkdv", DkDvConfig(64, 32, 1, 4, 2, QR_TILE="stacked"), "QR_TILE 'stacked' needs tensor cores and 16 rows"),
         ("dqdr", DqDrConfig(32, 64, 1, 4, 2, QR_TILE="stacked"), "QR_TILE 'stacked' needs tensor cores and 16 rows"),
         ("dqdr", DqDrConfig(128, 64, 1, 8, 4), None),
+        ("dqdr", DqDrConfig(128, 64, 1, 8, 3, LOADS="descriptors"), None),
+        ("dqdr", DqDrConfig(128, 64, 1, 8, 3, LOADS="blocks"), "LOADS is blocks"),
         ("dqdr", ForwardConfig(64, 64, 1, 4, 2), "a ForwardConfig does not configure a dqdr kernel"),
         ("dkdv", DqDrConfig(64, 64, 1, 4, 2), "a DqDrConfig does not configure a dkdv kernel"),
         ("preprocess", PreprocessConfig(64, 2), "its rows need 384 registers per thread"),
@@ -224,6 +226,23 @@ def test_two_warps_share_rows_of_wide_heads() -> None:
 def test_reasons_against_backward_configs(op: str, config: KernelConfig, reason: str | None) -> None:
     found = why_invalid(KernelSpec(op, 128, "bf16"), config, H200)
     assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize(
+    ("spec", "gpu", "reason"),
+    [
+        (KernelSpec("forward", 128, "fp16", causal=True), "h100", None),
+        (KernelSpec("forward", 128, "bf16"), "b200", None),
+        (KernelSpec("forward", 128, "bf16"), "a100", "needs a GPU of capability 9.0 or later; a100 has 8.0"),
+        (KernelSpec("forward", 128, "bf16", varlen=True), "h200", "cannot be combined with packed sequences"),
+        (KernelSpec("forward", 128, "tf32"), "h200", "needs bf16 or fp16, not tf32"),
+    ],
+)
+def test_where_descriptors_are_possible(spec: KernelSpec, gpu: str, reason: str | None) -> None:
+    found = why_invalid(spec, ForwardConfig(64, 32, 1, 4, 1, LOADS="descriptors"), GPUS[gpu])
+    assert found is None if reason is None else reason in str(found)
+    loads = next(knob for knob in knobs_of(spec) if knob.name == "LOADS")
+    assert (loads.values == ("pointers",)) == (spec.varlen or spec.dtype == "tf32")
 
 
 def test_the_padding_of_a_head_counts() -> None:

@@ -10,6 +10,7 @@ import torch
 import triton.compiler
 import triton.runtime.jit
 from triton.backends.nvidia.driver import CudaLauncher
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from parallax_gen.runtime.direct_launch import are_aligned, launch_by_jit, launch_directly
 
@@ -72,6 +73,40 @@ def test_a_direct_launch_passes_new_tensors_to_the_compiled_kernels(launches: La
     assert args_1[3:] == (64, 0.5)
     assert [id(a) for a in args_2[:2]] == [id(out), id(scratch)]
     assert args_2[2:] == (7,)
+
+
+def test_descriptors_are_made_of_the_tensors_of_each_launch(launches: Launches) -> None:
+    """Of one tensor, and of q and r as the two parts of one, whose distance differs from launch to launch."""
+    module = ModuleType("rendered")
+    module.first = FakeJit(FakeKernel(launches))  # type: ignore[attr-defined]
+
+    def launch(q: Any, r: Any, k: Any, out: Any, scale: float) -> None:
+        distance = (r.data_ptr() - q.data_ptr()) // 2
+        both = TensorDescriptor(q, [2, *q.shape], [distance, *q.stride()], [2, 1, 8, 1, 16])
+        of_k = TensorDescriptor(k, k.shape, k.stride(), [1, 8, 1, 16])
+        module.first[(8,)](both, of_k, k, out, 64, scale, num_warps=4)  # type: ignore[attr-defined]
+
+    module.launch = launch  # type: ignore[attr-defined]
+
+    def tensors(between: int) -> tuple[torch.Tensor, ...]:
+        size = (1, 8, 2, 16)
+        storage = torch.zeros(between + 2, *size, dtype=torch.bfloat16)
+        return storage[0], storage[between + 1], *(torch.zeros(size, dtype=torch.bfloat16) for _ in range(2))
+
+    first, second = tensors(0), tensors(3)
+    launched = launch_by_jit(module, first, (0.5,))
+    assert launched is not None
+    launch_directly(launched, second, [x.data_ptr() for x in second], stream=99)
+    ((grid, (both, of_k, k, out, *scalars), options),) = launches
+    assert (grid, options, scalars) == ((8, 1, 1), {"stream": 99}, [64, 0.5])
+    assert both.base is second[0]
+    assert both.shape == [2, 1, 8, 2, 16]
+    assert both.strides == [4 * 256, 256, 32, 16, 1]
+    assert both.block_shape == [2, 1, 8, 1, 16]
+    assert of_k.base is k is second[2]
+    assert out is second[3]
+    assert list(of_k.strides) == [256, 32, 16, 1]
+    assert all(descriptor.template.base is None for descriptor in launched[0].descriptors)  # keeps no tensor alive
 
 
 class LaunchedKernel(FakeKernel):

@@ -84,7 +84,9 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
 
     def launch_by_jit(module: Any, tensors: Any, scalars: Any) -> tuple[DirectLaunch, ...]:
         module.launch(*tensors, *scalars)
-        return (DirectLaunch(pytest.fail, (), (), lambda stream, addresses: launched.append((stream, [*addresses]))),)
+        return (
+            DirectLaunch(pytest.fail, (), (), (), lambda stream, addresses: launched.append((stream, [*addresses]))),
+        )
 
     monkeypatch.setattr(plan_module, "launch_by_jit", launch_by_jit)
     monkeypatch.setattr(plan_module, "_current_device", lambda: DEVICE)

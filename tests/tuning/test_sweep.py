@@ -58,8 +58,8 @@ def test_a_complete_sweep_of_the_largest_space_is_a_small_file(tmp_path: Path) -
         for n, config in enumerate(every_config(spec, gpu))
     ]
     write_sweep(sweep_of(results, gpu), tmp_path / "sweep.jsonl.gz")
-    assert len(results) > 1500
-    assert (tmp_path / "sweep.jsonl.gz").stat().st_size < 40_000
+    assert len(results) > 3000
+    assert (tmp_path / "sweep.jsonl.gz").stat().st_size < 20 * len(results)
 
 
 def test_a_sweep_is_complete_if_every_config_was_tried() -> None:
@@ -202,6 +202,7 @@ def test_recorded_sweeps_have_valid_headers_and_configs(path: Path) -> None:
         "SOFTMAX",
         "ROW_STATS",
         "QR_TILE",
+        "LOADS",
     }  # knobs newer than these files, which are at their defaults there
     all_configs = {config for config in every_config(spec, gpu) if not later & set(config_to_dict(config))}
     assert sweep.whole == (all_configs <= set(sweep.costs))

@@ -23,7 +23,7 @@ def parallax_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    r: Tensor | None = None,
+    r: Tensor | Callable[[], Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -32,7 +32,7 @@ def parallax_attention(
 ) -> tuple[Tensor, None]:
     """Parallax attention of new tokens over all keys so far, with transformers' arguments and layouts.
 
-    query, r        (batch, heads, new tokens, head_dim)
+    query, r        (batch, heads, new tokens, head_dim); r may be a function that computes it
     key, value      (batch, kv_heads, keys, head_dim), from the cache if there is one
     attention_mask  from `parallax_mask`
     scaling         scale of q·k
@@ -51,6 +51,7 @@ def parallax_attention(
         allowed = "a model with an r_proj: convert it with parallax_gen.integrations.transformers.convert"
         raise ArgumentError("attn_implementation", f"{NAME!r} in a {type(module).__name__} without r", allowed)
     _check_supported(module, attention_mask, dropout, extra_arguments)
+    r = r if isinstance(r, Tensor) else r()
     q, r, k, v = (x.to(value.dtype).transpose(1, 2) for x in (query, r, key, value))
     q_length, kv_length = q.shape[1], k.shape[1]
     lengths, keys = _packing_arguments(attention_mask, extra_arguments), key_range(attention_mask)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,10 +74,16 @@ class ProbeAttentionMixin:
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **extra_arguments: Any) -> Any:
         if self.config._attn_implementation != NAME:
             raise ArgumentError("attn_implementation", repr(self.config._attn_implementation), repr(NAME))
-        r = self.r_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        # Computed after q, so that it is likely at a higher address, as descriptors of q and r need.
+        probes = partial(self.probes, hidden_states, position_embeddings)
+        return super().forward(hidden_states, position_embeddings=position_embeddings, r=probes, **extra_arguments)  # type: ignore[misc]
+
+    def probes(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """r, in the layout of transformers' attention functions: (batch, heads, tokens, head_dim)."""
+        r: Tensor = self.r_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if self.use_rope:
             r, _ = self.rotate(r, r[:, :1], *position_embeddings)  # rotate also needs a key
-        return super().forward(hidden_states, position_embeddings=position_embeddings, r=r, **extra_arguments)  # type: ignore[misc]
+        return r
 
 
 class ParallaxModelMixin:
