@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
     from parallax_gen.runtime.graphed import GraphedDecode
     from parallax_gen.runtime.kvcache import kvcache_workspace_size, parallax_attn_with_kvcache
+    from parallax_gen.runtime.recording import record
     from parallax_gen.runtime.states import State, merge_states
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "parallax_attn_func",
     "parallax_attn_varlen_func",
     "parallax_attn_with_kvcache",
+    "record",
 ]
 
 logging.getLogger(__name__).addHandler(
@@ -43,6 +45,7 @@ _HOMES = {
     "parallax_attn_with_kvcache": "parallax_gen.runtime.kvcache",
     "kvcache_workspace_size": "parallax_gen.runtime.kvcache",
     "GraphedDecode": "parallax_gen.runtime.graphed",
+    "record": "parallax_gen.runtime.recording",
     "State": "parallax_gen.runtime.states",
     "merge_states": "parallax_gen.runtime.states",
 }

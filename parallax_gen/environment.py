@@ -1,4 +1,4 @@
-"""Environment variables that switch something on or off."""
+"""Environment variables: those that switch something on or off, and the file that calls are recorded in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from parallax_gen.errors import ArgumentError
 STRICT = "PARALLAX_GEN_STRICT"  # raise an error for a kernel that was not measured here
 QUIET = "PARALLAX_GEN_QUIET"  # do not warn about such a kernel
 SWITCHES = (STRICT, QUIET)
+RECORD = "PARALLAX_GEN_RECORD"  # a file
 
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 

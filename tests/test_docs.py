@@ -53,6 +53,8 @@ STAND_INS = {
     "a tiny random model of that name": "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
     + "Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,\n"
     + "    num_attention_heads=4, num_key_value_heads=2, head_dim=16)).save_pretrained('Qwen/Qwen3-0.6B')",
+    "a training step": "import torch\nfrom parallax_gen import parallax_attn_func\n"
+    + "def train_step(): parallax_attn_func(*torch.randn(4, 1, 16, 2, 64))",
     "one trial a job": "",  # see `steps_of`
 }
 

@@ -57,7 +57,7 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {
     "sqlalchemy": "tuning/claims.py",  # comes with Optuna's storages, to recognise their errors
     "pygments": "report/sources.py",
     "click": "cli/",
-    "rich": "cli/",
+    "rich": ("cli/", "tuning/progress.py"),
     "transformers": "integrations/transformers/",
 }
 

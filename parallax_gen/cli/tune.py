@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,15 +18,20 @@ from parallax_gen.problem.spec import DTYPES
 from parallax_gen.problem.workloads import GRIDS, NO_FLAGS, OPS_AND_TRAINING, Flags, Sizes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from parallax_gen.tuning.job import Job, Progress
+    from parallax_gen.tuning.plan import Plan
     from parallax_gen.tuning.tuner import Tuner
 
 
 @click.command()
 @gpu_option
 @model_options
+@click.option(
+    "--calls",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The kernels of the calls that PARALLAX_GEN_RECORD wrote to a file, the costliest first.",
+)
 @click.option(
     "--op",
     "ops",
@@ -68,6 +74,7 @@ if TYPE_CHECKING:
 def tune(
     gpu: str | None,
     model: ModelArgs | None,
+    calls: Path | None,
     ops: tuple[str, ...],
     head_dims: tuple[int, ...],
     dtypes: tuple[str, ...],
@@ -89,6 +96,10 @@ def tune(
     serving those of parallax_attn_with_kvcache and of generate. It first lists them, what is known of each and how long
     it takes at most; at the end, what each gained over its default, and a step. Llama-3.2-1B with 8 sequences of 8192
     keys, on one card: --model Llama-3.2-1B --serving --max-batch 8 --max-len 8192.
+
+    With --calls, tunes the kernels that take the most time in a program that ran with PARALLAX_GEN_RECORD=FILE: by
+    the number of their calls, and the measured or predicted time of each. Those that together take less than 1 % of the
+    time are left out.
 
     Every finished trial is stored: Ctrl-C loses none, and the same command continues from there. Without a CUDA device,
     configs are compiled and ranked by a cost model, for --gpu or else an H200, and nothing is measured.
@@ -112,11 +123,14 @@ def tune(
       parallax-gen tune --op decode --shape 32,32/8,8192
       parallax-gen tune --op training --shape 8,32/8,4096 --window 1024
       parallax-gen tune --grid serving --page-size 16
+      parallax-gen tune --calls calls.jsonl
       parallax-gen tune --refresh --op decode
       parallax-gen tune --devices 0,1,2,3 --storage postgresql://me@host/tuning
     """
+    from parallax_gen.memory.calls import read_calls
     from parallax_gen.memory.shipped import Memory
     from parallax_gen.memory.store import Store
+    from parallax_gen.tuning.calls import plan_of_calls
     from parallax_gen.tuning.claims import Storage
     from parallax_gen.tuning.job import DEFAULT_OPS, MAX_REFRESHED, grid_jobs, matches_filters, refresh_jobs, worklist
     from parallax_gen.tuning.plan import REFRESH_S, plan_of, times_after_tune
@@ -125,12 +139,15 @@ def tune(
 
     if model and (ops or shapes or grid):
         raise click.UsageError("--model and --for choose kernels and sizes: leave out --op, --shape and --grid")
+    if calls and (model or ops or shapes or grid or head_dims or dtypes or flags != NO_FLAGS):
+        raise click.UsageError("--calls has the kernels and sizes: leave out the options that choose them")
     if grid and (shapes or ops not in ((), ("decode",))):
         raise click.UsageError("--grid needs --op decode, and no --shape")
     if refresh and storage is not None:
         raise click.UsageError("--refresh cannot be combined with --storage: one process times its own records")
     model_steps = model.steps(head_dims, dtypes, flags) if model else None
-    all_places = refresh and not (model or grid or shapes or flags != NO_FLAGS)
+    counts = read_calls(calls) if calls else None
+    all_places = refresh and not (model or calls or grid or shapes or flags != NO_FLAGS)
     matches = functools.partial(matches_filters, ops=ops, head_dims=head_dims, dtypes=dtypes)
     ops = ("decode",) if grid else ops or DEFAULT_OPS
     check_flags(flags, ops)
@@ -144,7 +161,10 @@ def tune(
                 if refresh
                 else "--storage: there is no CUDA device here, and predictions are not shared"
             )
-        plan = plan_of(*model_steps, card, Memory(store)) if model_steps else None
+        if counts is not None:
+            plan: Plan | None = plan_of_calls(counts, card, Memory(store))
+        else:
+            plan = plan_of(*model_steps, card, Memory(store)) if model_steps else None
         if plan:
             jobs = plan.jobs
             seconds = plan.most_seconds(min(time_budget, REFRESH_S) if refresh else time_budget, len(devices))
@@ -187,8 +207,8 @@ def tune(
 def _tune_all(
     tuner: Tuner, jobs: list[Job], measure: bool, trials: int, time_budget: float, path: Path, devices: int
 ) -> list[Progress]:
-    from parallax_gen.cli.progress import ProgressView
     from parallax_gen.tuning.interrupt import Interrupt
+    from parallax_gen.tuning.progress import ProgressView
 
     if not measure:
         click.echo("no CUDA device here: compiling and ranking only, nothing will be measured (predicted)", err=True)

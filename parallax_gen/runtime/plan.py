@@ -20,6 +20,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.described import DescribedTensors, described_tensors
 from parallax_gen.runtime.direct_launch import DirectLaunch, are_aligned, launch_by_jit, launch_directly
 from parallax_gen.runtime.dispatch import default_dispatcher, user_stacklevel
+from parallax_gen.runtime.recording import CallCount, call_counts
 from parallax_gen.runtime.workspace import Workspace, split_workspace
 
 # A KV cache that grows by one key per step makes one plan per step. Beyond this many plans, all are dropped.
@@ -103,6 +104,7 @@ class LaunchPlan:
     scalars  those that `launch` takes after the tensors
     renamed  op's tensor name -> the request's field name, for tensors whose names differ
     described  the tensors that the module loads by descriptors, and another module for tensors that allow none
+    count    counts the launches
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class LaunchPlan:
         scratch: Scratch,
         renamed: Mapping[str, str] = MappingProxyType({}),
         described: DescribedTensors | None = None,
+        count: CallCount | None = None,
     ):
         self._module = module
         op = op_of(spec)
@@ -126,6 +129,7 @@ class LaunchPlan:
         self._device = device
         self._described = described
         self.scratch = scratch
+        self._count = CallCount() if count is None else count
         self._workspace = shared_workspace(device) if scratch.floats else None
         self._direct: tuple[DirectLaunch, ...] | None = None
         self._was_launched = False
@@ -140,6 +144,7 @@ class LaunchPlan:
             with torch.cuda.device(self._device):
                 self.launch(request, written, workspace)
             return
+        self._count.calls += 1
         stream = _current_stream(self._device)
         tensors = self.launch_tensors(request, written)
         if self._workspace is not None:
@@ -180,7 +185,8 @@ def plan_launch(
     gpu = gpu_of_device(device)
     choice, module = default_dispatcher().kernel(spec, shape, gpu)
     scratch = op_of(spec).scratch(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
-    return LaunchPlan(module, spec, scalars, device, scratch, renamed, described_tensors(spec, choice.config, gpu))
+    described, count = described_tensors(spec, choice.config, gpu), call_counts().of(spec, shape)
+    return LaunchPlan(module, spec, scalars, device, scratch, renamed, described, count)
 
 
 def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:

@@ -28,25 +28,28 @@ FINALS_S = 1.0  # after a job's time budget: its fastest configs are timed again
 REFRESH_S = 5.0  # a refresh of one place
 
 
-def read_model(path: Path) -> Model:
+def read_model(path: Path, argument: str = "--model") -> Model:
     """The model in a folder of transformers, or of its config.json. Raises ArgumentError, which names the file."""
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArgumentError("--model", error, "a folder with a config.json, or that file") from error
+        raise ArgumentError(argument, error, "a folder with a config.json, or that file") from error
     except ValueError as error:  # not UTF-8, or not JSON
-        raise ArgumentError("--model", f"{file}, which is not JSON ({error})", "a config.json") from error
+        raise ArgumentError(argument, f"{file}, which is not JSON ({error})", "a config.json") from error
     if not isinstance(config, dict):
-        raise ArgumentError("--model", f"{file}, which has no fields", "a config.json")
+        raise ArgumentError(argument, f"{file}, which has no fields", "a config.json")
     return model_of(config, str(file), file.resolve().parent.name)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a model on a card, and the kernel that a call of each place gets now."""
+    """The steps of a model on a card, and the kernel that a call of each place gets now.
 
-    model: Model
+    model  or the title of other steps
+    """
+
+    model: Model | str
     steps: Sequence[Step]
     gpu: Gpu
     choices: Mapping[Place, CheckedChoice]
@@ -69,7 +72,7 @@ class Plan:
         return math.ceil(len(self.jobs) / devices) * (budget_s + FINALS_S)
 
 
-def plan_of(model: Model, steps: Sequence[Step], gpu: Gpu, memory: RecordSource) -> Plan:
+def plan_of(model: Model | str, steps: Sequence[Step], gpu: Gpu, memory: RecordSource) -> Plan:
     places = {Place(gpu.name, call.spec, bucket_of(call.shape)): None for step in steps for call in step.calls}
     return Plan(model, steps, gpu, {place: checked_choice(place, gpu, memory) for place in places})
 

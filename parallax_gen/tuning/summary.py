@@ -14,6 +14,7 @@ from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate, rate_unit
+from parallax_gen.tuning.calls import CallsPlan
 from parallax_gen.tuning.job import Progress
 from parallax_gen.tuning.plan import CallTimes, Plan, StepTimes
 
@@ -29,16 +30,19 @@ class Table:
 
 
 def plan_table(plan: Plan) -> Table:
-    """The kernels of each step, and where their configs come from now."""
+    """The kernels of each step, and where their configs come from now; of recorded calls also their share of time."""
     lines: list[tuple[str, ...]] = []
     for step in plan.steps:
         for call in step.calls:
             place = plan.place(call)
             source = plan.choices[place].candidate.tier.text
             sizes = str(place.bucket.kv_rows), seqlen_text(place.bucket), str(call.count)
-            lines.append((call.spec.public_op, *sizes, source, step.name))
-    columns = ("kernel", "BxH", "seqlen", "calls", "config from", "step")
-    return Table("", columns, lines, columns[1:4])
+            last = f"{100 * plan.shares[place]:.1f} %" if isinstance(plan, CallsPlan) else step.name
+            lines.append((call.spec.public_op, *sizes, source, last))
+    columns = ("kernel", "BxH", "seqlen", "calls", "config from")
+    if isinstance(plan, CallsPlan):
+        return Table("", (*columns, "of the time"), lines, (*columns[1:4], "of the time"))
+    return Table("", (*columns, "step"), lines, columns[1:4])
 
 
 def times_tables(times: Iterable[StepTimes], time_name: str, *, with_source: bool = False) -> list[Table]:

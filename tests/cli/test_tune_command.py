@@ -13,7 +13,6 @@ from cli_samples import CALL, H200, PLACE, config, dkdv_record, make_record, run
 from fake_card import FakeWorker
 from rich.console import Console
 
-from parallax_gen.cli.progress import ProgressView
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
@@ -21,6 +20,7 @@ from parallax_gen.problem.shapes import Bucket
 from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.interrupt import Interrupt
 from parallax_gen.tuning.job import Job, Progress
+from parallax_gen.tuning.progress import ProgressView
 from parallax_gen.tuning.workers.messages import Reply
 
 FEW = ("--trials", "4", "--time-budget", "60", "--workers", "1")
@@ -282,7 +282,7 @@ def test_a_terminal_shows_live_progress() -> None:
 
 
 def test_a_pipe_gets_a_line_for_each_new_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallax_gen.cli.progress.MAX_SILENCE_S", 1e9)
+    monkeypatch.setattr("parallax_gen.tuning.progress.MAX_SILENCE_S", 1e9)
     pipe = io.StringIO()
     job = Job(PLACE.spec, PLACE.bucket, gpu_by_name("h200"))
     with ProgressView(

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from parallax_gen.cli.progress import ProgressView
 from parallax_gen.codegen.render import render
 from parallax_gen.describe import duration
 from parallax_gen.memory.ranking import RecordTable, default_of, evidence_of
@@ -19,6 +18,7 @@ from parallax_gen.problem.models import Model
 from parallax_gen.problem.steps import Serving, Training, steps_of
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.plan import FINALS_S, Plan, TimeLeft, plan_of, times_after_tune, times_of_choices
+from parallax_gen.tuning.progress import ProgressView
 
 GPU = GPUS["h200"]
 MODEL = Model("m", heads=8, kv_heads=2, head_dim=64, windows=((0, 4), (1024, 2)), max_len=4096)
