@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallax_gen import nn
+    from parallax_gen.api.prepare import prepare
+    from parallax_gen.api.tune import tune
+    from parallax_gen.problem.shapes import Shape
+    from parallax_gen.problem.spec import KernelSpec
     from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
     from parallax_gen.runtime.graphed import GraphedDecode
     from parallax_gen.runtime.kvcache import kvcache_workspace_size, parallax_attn_with_kvcache
@@ -24,6 +28,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GraphedDecode",
+    "KernelSpec",
+    "Shape",
     "State",
     "__version__",
     "kvcache_workspace_size",
@@ -32,7 +38,9 @@ __all__ = [
     "parallax_attn_func",
     "parallax_attn_varlen_func",
     "parallax_attn_with_kvcache",
+    "prepare",
     "record",
+    "tune",
 ]
 
 logging.getLogger(__name__).addHandler(
@@ -45,7 +53,11 @@ _HOMES = {
     "parallax_attn_with_kvcache": "parallax_gen.runtime.kvcache",
     "kvcache_workspace_size": "parallax_gen.runtime.kvcache",
     "GraphedDecode": "parallax_gen.runtime.graphed",
+    "KernelSpec": "parallax_gen.problem.spec",
+    "Shape": "parallax_gen.problem.shapes",
+    "prepare": "parallax_gen.api.prepare",
     "record": "parallax_gen.runtime.recording",
+    "tune": "parallax_gen.api.tune",
     "State": "parallax_gen.runtime.states",
     "merge_states": "parallax_gen.runtime.states",
 }

@@ -7,6 +7,7 @@ from cli_samples import H200
 
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.result import Outcome
+from parallax_gen.problem.hardware import Gpu
 from parallax_gen.tuning import tuner as tuning
 from parallax_gen.tuning.workers.messages import Compile, Measure, MeasureInterleaved, Reply, Timing
 
@@ -21,6 +22,9 @@ class FakeWorker:
 
     def start(self) -> None:
         pass
+
+    def identify(self) -> Gpu | None:
+        return H200
 
     def ask(self, request: Compile | Measure | MeasureInterleaved, timeout_s: float) -> Reply:
         if isinstance(request, Compile):

@@ -130,7 +130,7 @@ def steps_of(page: Path) -> list[tuple[str, int, str]]:
         code = block.code
         if block.marker[0] == "stands in":
             if block.marker[1] == "one trial a job":
-                code = re.sub(r"--trials \d+", "--trials 1", code)
+                code = re.sub(r"trials([ =])\d+", r"trials\g<1>1", code)
             else:
                 steps.append(("python", 0, STAND_INS[block.marker[1]]))
         if block.language == "sh":

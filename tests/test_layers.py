@@ -1,7 +1,7 @@
 """Imports go one way, and each outside package has one user. Read from the source, so nothing is imported.
 
     problem <- ops <- codegen <- oracle, memory <- tuning, memory <- runtime <- distributed,
-    runtime <- integrations <- compat, tuning and runtime <- bench <- report, all <- cli
+    runtime <- integrations <- compat, tuning and runtime <- api, bench <- report, all <- cli
 
 A subpackage may import all those to its left; integrations import only problem, oracle and runtime.
 
@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "distributed": BELOW | {"problem", "ops", "codegen", "oracle", "memory", "runtime"},
     "integrations": BELOW | {"problem", "oracle", "runtime"},
     "compat": {"integrations"},
+    "api": BELOW | {"problem", "describe", "ops", "codegen", "memory", "tuning", "runtime"},
     "bench": BELOW | {"problem", "ops", "describe", "codegen", "oracle", "memory", "tuning", "runtime"},
     "report": BELOW | {"problem", "ops", "describe", "codegen", "memory", "tuning", "bench"},
     "cli": BELOW | {"problem", "ops", "describe", "codegen", "memory", "tuning", "runtime", "bench", "report"},

@@ -13,7 +13,7 @@ import click
 from parallax_gen.codegen import device
 from parallax_gen.errors import ArgumentError, UnknownGpuError
 from parallax_gen.memory.place import Place
-from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
+from parallax_gen.problem.hardware import GPUS, STAND_IN, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, LARGEST_HEAD_DIM, PUBLIC_OPS, KernelSpec
 from parallax_gen.problem.workloads import (
@@ -217,9 +217,6 @@ def with_options(command: Command, options: tuple[Callable[[Command], Command], 
 def chosen_gpu(name: str | None) -> Gpu:
     """The GPU named by --gpu; without --gpu the card in this machine. Raises UnknownGpuError."""
     return resolve_gpu(name, lambda: device.gpu_here(0))
-
-
-STAND_IN = "h200"  # most shipped records are its
 
 
 def gpu_or_stand_in(name: str | None, card_here: Callable[[], Gpu | None]) -> Gpu:

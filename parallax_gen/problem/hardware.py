@@ -160,6 +160,7 @@ _CARDS = (
 )
 
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _CARDS}
+STAND_IN = "h200"  # for a machine without a card: most shipped records are its
 
 # Other names of each card, from drivers, data sheets and people; compared after `_squeeze`.
 _ALIASES: dict[str, tuple[str, ...]] = {

@@ -18,6 +18,7 @@ class Model:
     heads     query heads
     windows   (window, layers): how many layers see only the last `window` keys, 0 for every key; each window once
     softcap   whether scores have a cap
+    causal    whether a token sees only itself and earlier tokens
     max_len   the most tokens of a sequence, None if unknown
     """
 
@@ -29,6 +30,7 @@ class Model:
     softcap: bool = False
     dtype: str = "bf16"
     max_len: int | None = None
+    causal: bool = True
 
     @property
     def layers(self) -> int:
@@ -47,6 +49,7 @@ class Model:
         windows = [f"{count} with window {window}" for window, count in self.windows if window]
         parts = [f"{layers} ({', '.join(windows)})" if windows else layers]
         parts += [f"heads {heads}", f"head_dim {self.head_dim}", self.dtype, *["softcap"] * self.softcap]
+        parts += ["not causal"] * (not self.causal)
         return f"{self.name}: {', '.join(parts)}"
 
 

@@ -99,7 +99,7 @@ def training_steps(model: Model, run: Training) -> list[Step]:
     calls: Counter[Kernel] = Counter()
     for window, layers in model.windows:
         shape = Shape(run.batch, model.heads, model.kv_heads, run.seqlen, run.seqlen)
-        flags = Flags(window=window or None, softcap=model.softcap)
+        flags = Flags(causal=model.causal, window=window or None, softcap=model.softcap)
         calls.update(dict.fromkeys(kernels(TRAINING, model.head_dim, model.dtype, shape, flags), layers))
     return [Step("training", f"batch {run.batch}, {run.seqlen} tokens", _calls(calls))]
 

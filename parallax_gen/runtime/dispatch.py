@@ -83,6 +83,14 @@ class Dispatcher:
         self._memory = memory
         self._kernels.clear()
 
+    @property
+    def memory(self) -> RecordSource:
+        return self._memory
+
+    def choose_anew(self) -> None:
+        """Choose from what is stored now, also for kernels that were chosen before. A shared table stays as it is."""
+        self.use(RuntimeMemory() if isinstance(self._memory, RuntimeMemory) else self._memory)
+
     def kernel(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> tuple[DispatchChoice, ModuleType]:
         """The choice for a call, and the module to launch.
 

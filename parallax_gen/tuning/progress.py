@@ -1,4 +1,4 @@
-"""Shows the progress of `tune` on standard error: live on a terminal, otherwise as occasional lines."""
+"""Shows progress: live on a terminal or in a notebook, otherwise as occasional lines."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
 from parallax_gen.describe import brief, format_counts, time_and_rate
@@ -22,6 +25,37 @@ if TYPE_CHECKING:
 
 MAX_SILENCE_S = 15.0  # without a terminal, the longest time between lines
 BAR = 30  # characters of the bar over all jobs
+
+
+def progress_console(*, quiet: bool = False) -> Console:
+    """Standard error, or the cell of a notebook. Text is printed literally; nothing if quiet."""
+    return Console(stderr=True, markup=False, highlight=False, emoji=False, quiet=quiet)
+
+
+def is_live(console: Console) -> bool:
+    """Whether a console can show what changes: a terminal, or a notebook with ipywidgets, which rich needs there."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
+class CompileProgress:
+    """A context that shows how many of `total` kernels are compiled: `advance` after each."""
+
+    def __init__(self, console: Console, total: int):
+        columns = TextColumn("compiling"), BarColumn(BAR), MofNCompleteColumn(), TimeElapsedColumn()
+        self._bar = ProgressBar(*columns, console=console, transient=True, disable=not is_live(console))
+        self._task = self._bar.add_task("compiling", total=total)
+        if self._bar.disable and total:
+            console.print(f"compiling {total} kernel{'s' * (total > 1)}")
+
+    def __enter__(self) -> CompileProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
 
 
 class ProgressView:
@@ -45,7 +79,7 @@ class ProgressView:
         self._trials, self._budget_s = trials, time_budget_s
         self._after_update = after_update
         self._running: dict[Job, _Running] = {}
-        self._live = Live(console=console, get_renderable=self._panel, transient=True) if console.is_terminal else None
+        self._live = Live(console=console, get_renderable=self._panel, transient=True) if is_live(console) else None
 
     def __enter__(self) -> ProgressView:
         if self._live:
