@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallax_gen import nn
+    from parallax_gen.api.first_calls import tune_first_calls
     from parallax_gen.api.prepare import prepare
     from parallax_gen.api.tune import tune
     from parallax_gen.problem.shapes import Shape
@@ -41,6 +42,7 @@ __all__ = [
     "prepare",
     "record",
     "tune",
+    "tune_first_calls",
 ]
 
 logging.getLogger(__name__).addHandler(
@@ -58,6 +60,7 @@ _HOMES = {
     "prepare": "parallax_gen.api.prepare",
     "record": "parallax_gen.runtime.recording",
     "tune": "parallax_gen.api.tune",
+    "tune_first_calls": "parallax_gen.api.first_calls",
     "State": "parallax_gen.runtime.states",
     "merge_states": "parallax_gen.runtime.states",
 }

@@ -58,6 +58,12 @@ def check_count(name: str, value: int | None) -> None:
         raise ArgumentError(name, f"{value!r:.80}", "an int of 1 or more")
 
 
+def check_seconds(name: str, value: float) -> None:
+    """Raises ArgumentError unless a value is a number above 0."""
+    if not isinstance(value, int | float) or not value > 0:
+        raise ArgumentError(name, f"{value!r:.80}", "a number above 0")
+
+
 def refuse_options_of_models(**options: object) -> None:
     """Raises ArgumentError if one of the options that only models have is given."""
     for name, value in options.items():

@@ -15,6 +15,7 @@ from parallax_gen.api.targets import (
     Sizes,
     Target,
     check_count,
+    check_seconds,
     only_one,
     refuse_options_of_models,
     target_of,
@@ -181,8 +182,7 @@ def _check(trials: int, time_budget_s: float, devices: tuple[int, ...], workers:
     """Raises ArgumentError, before any child is started."""
     check_count("trials", trials)
     check_count("workers", workers)
-    if not isinstance(time_budget_s, int | float) or not time_budget_s > 0:
-        raise ArgumentError("time_budget_s", f"{time_budget_s!r:.80}", "a number above 0")
+    check_seconds("time_budget_s", time_budget_s)
     indices = all(type(device) is int and device >= 0 for device in devices)
     if not devices or not indices or len(set(devices)) < len(devices):
         raise ArgumentError("devices", f"{devices!r:.80}", "one or more different indices, from 0 on")

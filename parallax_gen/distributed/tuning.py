@@ -49,8 +49,8 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
     inside an attention call it would hang wherever ranks make different calls, as in pipelines, with uneven batches, or
     when only one rank evaluates.
 
-    No rank ever tunes. Kernels that were chosen before are chosen again; captured CUDA graphs keep their kernels.
-    Without a CUDA device ranks only compare versions. A later call shares rank 0's records of that time.
+    From then on no rank tunes at a call. Kernels that were chosen before are chosen again; captured CUDA graphs keep
+    their kernels. Without a CUDA device ranks only compare versions. A later call shares rank 0's records of that time.
 
     group  by default the default group. Ranks with different GPUs need separate groups
 

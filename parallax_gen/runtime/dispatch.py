@@ -1,4 +1,4 @@
-"""Chooses the kernel for a call: the config that memory/ranking.py ranks first for its place. Never tunes."""
+"""Chooses the kernel for a call: the config that memory/ranking.py ranks first for its place. Tunes nothing itself."""
 
 from __future__ import annotations
 
@@ -71,9 +71,13 @@ def choose(
 
 
 class Dispatcher:
-    """Chooses and loads kernels, each once: it reads `memory` only on the first call of a bucket."""
+    """Chooses and loads kernels, each once: it reads `memory` only on the first call of a bucket.
+
+    on_first_call  called before that: returns whether it may have stored records. None, unless somebody sets it
+    """
 
     def __init__(self, memory: RecordSource):
+        self.on_first_call: Callable[[KernelSpec, Shape, Gpu], bool] | None = None
         self._memory = memory
         self._kernels: dict[Place, tuple[DispatchChoice, ModuleType]] = {}
         self._untuned_notice = UntunedNotice()
@@ -89,7 +93,7 @@ class Dispatcher:
 
     def choose_anew(self) -> None:
         """Choose from what is stored now, also for kernels that were chosen before. A shared table stays as it is."""
-        self.use(RuntimeMemory() if isinstance(self._memory, RuntimeMemory) else self._memory)
+        self.use(_read_again(self._memory))
 
     def kernel(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> tuple[DispatchChoice, ModuleType]:
         """The choice for a call, and the module to launch.
@@ -101,6 +105,8 @@ class Dispatcher:
         chosen = self._kernels.get(place)
         if chosen is None:
             ensure_triton_cache()
+            if self.on_first_call is not None and self.on_first_call(spec, shape, gpu):
+                self._memory = _read_again(self._memory)
             self._untuned_notice.check(place, gpu, self._memory)
             choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
             self._untuned_notice.warn(place, choice.candidate)
@@ -165,6 +171,11 @@ class RuntimeMemory(Memory):
             self.store = None
             _warn_about(error)
             return []
+
+
+def _read_again(memory: RecordSource) -> RecordSource:
+    """The database as it is now, even if there was none before; any other memory stays the same."""
+    return RuntimeMemory() if isinstance(memory, RuntimeMemory) else memory
 
 
 def _warn_about(error: StoreError, instead: str = "Only shipped records and defaults are used.") -> None:
