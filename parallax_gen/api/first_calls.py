@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from parallax_gen.api.targets import check_count, check_seconds
-from parallax_gen.errors import CONTEXT_BYTES, MachineError, MeasureError, StoreError, gist
+from parallax_gen.errors import CONTEXT_BYTES, ConfigError, MachineError, MeasureError, StoreError, gist
 from parallax_gen.memory.lines import read_lines, to_line
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Tier, best
@@ -76,24 +76,24 @@ class FirstCalls:
         memory = self._dispatcher.memory
         if not isinstance(memory, RuntimeMemory):  # a table that all ranks share
             return False
-        jobs = [Job(*kernel, gpu) for kernel in kernels_with(spec, shape)]
-        untuned = [job for job in jobs if best(job.place, gpu, memory).tier != Tier.MEASURED_HERE]
-        ranks = _ranks()
-        if ranks is None and not untuned:
-            return False
         begun = time.monotonic()
         try:
+            jobs = [Job(*kernel, gpu) for kernel in kernels_with(spec, shape)]
+            untuned = [job for job in jobs if best(job.place, gpu, memory).tier != Tier.MEASURED_HERE]
+            ranks = _ranks()
             if ranks is None:
-                return self._tune(untuned)
+                return bool(untuned) and self._tune(untuned)
             rank, store = ranks
             key = PREFIX + Place(gpu.name, spec, bucket_of(shape)).digest
             if rank == 0:
                 return self._tune_for_all(jobs, untuned, lambda text: store.set(key, text))
             return bool(untuned) and self._wait_for_records(jobs, store, key)
+        except ConfigError as error:  # no config of a kernel fits the card, which only a call of that kernel must say
+            _LOG.info("%s: is not tuned: %s", spec, error)
+            return False
         except (MachineError, MeasureError, StoreError) as error:  # no reason to stop training or serving
             self.stop()
-            message = f"first calls are not tuned any more: {error}"
-            warnings.warn(message, stacklevel=user_stacklevel())
+            warnings.warn(f"first calls are not tuned any more: {error}", stacklevel=user_stacklevel())
             return False
         finally:
             self.left_s -= time.monotonic() - begun

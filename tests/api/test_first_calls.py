@@ -18,7 +18,8 @@ import parallax_gen
 from parallax_gen import KernelSpec, Shape
 from parallax_gen.api import first_calls
 from parallax_gen.api.first_calls import FirstCalls, kernels_with, memory_of
-from parallax_gen.errors import ArgumentError, MachineError, UntunedError
+from parallax_gen.errors import ArgumentError, ConfigError, MachineError, UntunedError
+from parallax_gen.memory import ranking
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import RecordTable, Tier
 from parallax_gen.memory.store import Store
@@ -195,6 +196,22 @@ def test_a_child_that_finds_another_card_ends_it(
     monkeypatch.setattr(FakeWorker, "identify", lambda _: None)
     with first_calls_of(dispatcher), pytest.warns(UserWarning, match="a child process does not find this NVIDIA H200"):
         call(dispatcher)
+
+
+@pytest.mark.filterwarnings("ignore::parallax_gen.runtime.dispatch.UntunedWarning")
+def test_a_forward_runs_though_no_config_fits_its_backward(
+    card: None, dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def best_of(place: Place, *arguments: Any) -> Any:
+        if place.spec.op == "dkdv":
+            raise ConfigError("no default config fits")
+        return ranking.best(place, *arguments)
+
+    monkeypatch.setattr(first_calls, "best", best_of)
+    with first_calls_of(dispatcher) as tuning:
+        assert call(dispatcher, *FORWARD) is Tier.DEFAULT
+        assert call(dispatcher) is Tier.MEASURED_HERE
+        assert tuning.tuned == [PLACE]
 
 
 @pytest.mark.parametrize(
