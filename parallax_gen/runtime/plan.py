@@ -100,11 +100,11 @@ class HostPlan:
 class LaunchPlan:
     """Launches a rendered module, always on tensors of the sizes and strides that the plan was made for.
 
-    spec     of the module: its op says which tensors its `launch` takes
-    scalars  those that `launch` takes after the tensors
-    renamed  op's tensor name -> the request's field name, for tensors whose names differ
+    spec       of the module: its op says which tensors its `launch` takes
+    scalars    those that `launch` takes after the tensors
+    renamed    op's tensor name -> the request's field name, for tensors whose names differ
     described  the tensors that the module loads by descriptors, and another module for tensors that allow none
-    count    counts the launches
+    count      counts the launches
     """
 
     def __init__(

@@ -56,7 +56,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def launch_by_jit(*_: Any) -> tuple[DirectLaunch, ...]:
         launched.append("jit")
-        return (DirectLaunch(pytest.fail, (), (), lambda stream, addresses: launched.append("direct")),)
+        return (DirectLaunch(pytest.fail, (), (), (), lambda stream, addresses: launched.append("direct")),)
 
     monkeypatch.setattr(plan_module, "default_dispatcher", lambda: dispatcher)
     monkeypatch.setattr(plan_module, "gpu_of_device", lambda _: GPUS["h200"])
