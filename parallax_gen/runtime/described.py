@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render
 from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.ops.descriptors import ALIGNED_TO, STRIDE_LIMIT
-from parallax_gen.ops.tiles import TileConfig, TiledOp
+from parallax_gen.ops.tiles import TiledOp
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
 
@@ -44,19 +45,19 @@ class DescribedTensors:
 
 def described_tensors(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> DescribedTensors | None:
     """The tensors that the kernel of a config loads by descriptors; None if it loads all by pointers."""
-    if not isinstance(config, TileConfig) or config.LOADS == "pointers":
-        return None
     op = op_of(spec)
-    assert isinstance(op, TiledOp)
-    descriptors, inputs = op.descriptors(spec, config), op.inputs(spec)
+    descriptors = op.descriptors(spec, config) if isinstance(op, TiledOp) else ()
+    if not descriptors:
+        return None
     names = dict.fromkeys(tensor for descriptor in descriptors for tensor in descriptor.tensors)
 
     @cache
     def by_pointers() -> ModuleType:
-        return load(render(spec, replace(config, LOADS="pointers"), gpu))
+        pointers: Any = replace(config, LOADS="pointers")
+        return load(render(spec, pointers, gpu))
 
     stacked = any(descriptor.stacks_qr for descriptor in descriptors)
-    return DescribedTensors(tuple(map(inputs.index, names)), stacked, by_pointers)
+    return DescribedTensors(tuple(map(op.inputs(spec).index, names)), stacked, by_pointers)
 
 
 def _can_be_described(tensor: Tensor) -> bool:
