@@ -172,6 +172,8 @@ class TiledOp(Op[T]):
         more = config.BLOCK_M * (2 * config.BLOCK_N + 4) * spec.bytes_per_element
         if gpu.capability[0] in (9, 10):
             more = max(more, self.async_bytes(spec, config))
+        if config.LOADS == "descriptors":  # barriers, and on Blackwell half a block more
+            more += KIB + (self.block_bytes(spec, config) // 2 if gpu.capability[0] == 10 else 0)
         return more + KIB
 
     def async_bytes(self, spec: KernelSpec, config: T) -> int:
