@@ -12,6 +12,7 @@ from parallax_gen.bench.rows import Row
 from parallax_gen.describe import number, with_lengths
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.steps import title_of
 from parallax_gen.problem.work import rate_unit
 from parallax_gen.problem.workloads import TRAINING
 
@@ -91,8 +92,7 @@ class Table(NamedTuple):
 
 def title(op: str, spec: KernelSpec, shape: Shape, lengths: Sequence[int] = ()) -> str:
     """The title of a case. For a training step it has the part of the spec that the step's kernels share."""
-    kernel = f"{TRAINING}, {str(spec.for_op('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
-    return f"{kernel}: {with_lengths(shape, lengths)}"
+    return f"{title_of(spec, op)}: {with_lengths(shape, lengths)}"
 
 
 def table_of(rows: list[Row]) -> Table:

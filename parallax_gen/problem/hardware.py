@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from parallax_gen.errors import ArgumentError, UnknownGpuError
@@ -205,7 +206,9 @@ def gpu_by_name(name: str) -> Gpu:
         raise ArgumentError("gpu", repr(name), "a name, such as 'h100'")
     gpu = _BY_ALIAS.get(_squeeze(name))
     if gpu is None:
-        raise UnknownGpuError(f"unknown GPU {name!r}; known GPUs: {', '.join(GPUS)}")
+        similar = get_close_matches(_squeeze(name), _BY_ALIAS, n=1, cutoff=0.7)
+        advice = f"; did you mean {_BY_ALIAS[similar[0]].name}?" if similar else ""
+        raise UnknownGpuError(f"unknown GPU {name!r}; known GPUs: {', '.join(GPUS)}{advice}")
     return gpu
 
 

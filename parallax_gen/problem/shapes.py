@@ -134,6 +134,25 @@ def bucket_of(shape: Shape) -> Bucket:
     )
 
 
+def sizes_of(bucket: Bucket) -> str:
+    """The sizes that a bucket represents: `batch x kv_heads 6 to 11, seqlen 2897 to 5792`."""
+    keys = _range(bucket.seqlen_kv, SHORTEST)
+    if bucket.seqlen_q == bucket.seqlen_kv:
+        lengths = f"seqlen {keys}"
+    else:
+        queries = "1 query" if bucket.seqlen_q == 1 else f"{_range(bucket.seqlen_q, SHORTEST)} queries"
+        lengths = f"{queries}, {keys} keys"
+    window = f", window {_range(bucket.window, SHORTEST)}" if bucket.window else ""
+    return f"batch x kv_heads {_range(bucket.kv_rows, 1)}, {lengths}{window}"
+
+
+def _range(power: int, least: int) -> str:
+    """The sizes that a power of two represents; `least` represents all smaller ones, too."""
+    smallest = 1 if power <= least else math.isqrt(power * power // 2) + 1
+    largest = math.isqrt(2 * power * power)
+    return str(power) if smallest == largest else f"{smallest} to {largest}"
+
+
 def representative(bucket: Bucket, group: int) -> Shape:
     """The shape that a bucket is tuned at: its own sizes, with kv_rows as a batch times at most 8 kv heads."""
     kv_heads = min(8, bucket.kv_rows)

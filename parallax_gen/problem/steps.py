@@ -88,6 +88,18 @@ class Serving:
         return sorted({1, self.max_batch})
 
 
+def step_at(op: str, head_dim: int, dtype: str, shape: Shape, flags: Flags) -> Step:
+    """The kernels of an op, or of TRAINING, at one shape, each launched once. Raises ArgumentError if there is none."""
+    shape = flags.apply_window(shape)
+    called = kernels(op, head_dim, dtype, shape, flags)
+    return Step(op, str(shape), tuple(Call(spec, sizes, 1) for spec, sizes in called))
+
+
+def title_of(spec: KernelSpec, op: str) -> str:
+    """A kernel's title; for TRAINING with the part of `spec` that the step's kernels share."""
+    return f"{TRAINING}, {str(spec.for_op('dqdr')).partition(', ')[2]}" if op == TRAINING else str(spec)
+
+
 def steps_of(model: Model, training: Training | None, serving: Serving | None) -> list[Step]:
     """The steps of the given runs; None for a run that is left out."""
     steps = [] if training is None else training_steps(model, training)

@@ -67,6 +67,12 @@ class Sizes:
             seqlen_q = 1 if op == "decode" else self.seqlen_kv
         return Shape(self.batch, self.heads, self.kv_heads, seqlen_q, self.seqlen_kv)
 
+    def __str__(self) -> str:
+        """As a user types them: 1,32/8,128x4096."""
+        heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        queries = f"{self.seqlen_q}x" if self.seqlen_q else ""
+        return f"{self.batch},{heads},{queries}{self.seqlen_kv}"
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -114,6 +120,13 @@ def has_flag(op: str, flag: str) -> bool:
     if op == TRAINING:
         return flag != "stats" and "forward" in OPS_WITH_FLAG[flag]
     return op in OPS_WITH_FLAG[flag]
+
+
+def has_kernel(op: str, spec: KernelSpec) -> bool:
+    """Whether a spec is a kernel of a public op, or of TRAINING."""
+    if op == TRAINING:
+        return spec.public_op in STEP and spec == spec.for_op(spec.public_op)
+    return spec.public_op == op
 
 
 def usual_shapes(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from parallax_gen.problem.shapes import (
     Shape,
     bucket_of,
     representative,
+    sizes_of,
     skewed_lengths,
     spread_lengths,
 )
@@ -411,3 +413,28 @@ def test_no_batch_has_longer_lengths_than_the_first(batch: int, seqlen_kv: int) 
         assert len(lengths) == batch
         assert max(lengths) == seqlen_kv
         assert all(1 <= length <= longest for length, longest in zip(lengths, first, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 11, 12, 90, 91, 181, 182, 5000, 5792, 5793, 2**40 + 1])
+def test_the_sizes_that_a_bucket_represents(size: int) -> None:
+    """The ends of each range are in the bucket, and their neighbours are not."""
+    bucket = bucket_of(Shape(size, 1, 1, size, size))
+    rows, lengths = re.findall(r"(\d+)(?: to (\d+))?", sizes_of(bucket))
+
+    def has_rows(rows: int) -> bool:
+        return bucket_of(Shape(rows, 1, 1, 1, 1)).kv_rows == bucket.kv_rows
+
+    def has_length(keys: int) -> bool:
+        return bucket_of(Shape(1, 1, 1, 1, keys)).seqlen_kv == bucket.seqlen_kv
+
+    for ends, has in ((rows, has_rows), (lengths, has_length)):
+        first, last = int(ends[0]), int(ends[1] or ends[0])
+        assert first <= size <= last
+        assert [has(first), has(last), has(last + 1)] == [True, True, False]
+        assert first == 1 or not has(first - 1)
+
+
+def test_the_sizes_of_other_buckets() -> None:
+    assert sizes_of(Bucket(8, 1, 128)) == "batch x kv_heads 6 to 11, 1 query, 1 to 181 keys"
+    assert sizes_of(Bucket(1, 256, 4096)) == "batch x kv_heads 1, 182 to 362 queries, 2897 to 5792 keys"
+    assert sizes_of(Bucket(2, 4096, 4096, 512)).endswith("seqlen 2897 to 5792, window 363 to 724")
