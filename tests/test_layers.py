@@ -25,8 +25,8 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 
-# Everything may import errors.py, environment.py, files.py and the version in parallax_gen itself. describe.py is
-# below everything that shows configs.
+# Everything may import errors.py, environment.py, files.py and the version in parallax_gen itself. describe.py and
+# tables.py are below everything that shows configs.
 BELOW = {"errors", "environment", "files"}
 MAY_IMPORT = {
     "errors": set(),
@@ -35,18 +35,20 @@ MAY_IMPORT = {
     "problem": BELOW,
     "ops": BELOW | {"problem"},
     "describe": {"problem", "ops"},
+    "tables": set(),
     "codegen": BELOW | {"problem", "ops", "describe"},
     "oracle": BELOW | {"problem", "ops", "codegen"},
     "memory": BELOW | {"problem", "ops", "codegen"},
-    "tuning": BELOW | {"problem", "ops", "describe", "codegen", "oracle", "memory"},
+    "tuning": BELOW | {"problem", "ops", "describe", "tables", "codegen", "oracle", "memory"},
     "runtime": BELOW | {"problem", "ops", "describe", "codegen", "oracle", "memory"},
     "distributed": BELOW | {"problem", "ops", "codegen", "oracle", "memory", "runtime"},
     "integrations": BELOW | {"problem", "oracle", "runtime"},
     "compat": {"integrations"},
     "api": BELOW | {"problem", "describe", "ops", "codegen", "memory", "tuning", "runtime"},
     "bench": BELOW | {"problem", "ops", "describe", "codegen", "oracle", "memory", "tuning", "runtime"},
-    "report": BELOW | {"problem", "ops", "describe", "codegen", "memory", "tuning", "bench"},
-    "cli": BELOW | {"problem", "ops", "describe", "codegen", "memory", "tuning", "runtime", "bench", "report"},
+    "report": BELOW | {"problem", "ops", "describe", "tables", "codegen", "memory", "tuning", "bench"},
+    "cli": BELOW
+    | {"problem", "ops", "describe", "tables", "codegen", "memory", "tuning", "runtime", "bench", "report"},
 }
 # Outside packages, and the only files or subpackages that use them.
 ONLY_IN: dict[str, str | tuple[str, ...]] = {

@@ -8,15 +8,14 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from shutil import get_terminal_size
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from parallax_gen.tables import Table, paragraph, table_lines
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from parallax_gen.tuning.summary import Table
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -26,37 +25,33 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
-GAP = "  "  # between columns
-MIN_WIDTH = 8  # of a folded column
+def width_of(*, err: bool = False) -> int | None:
+    """The terminal's width; None in a pipe or a file, unless the variable COLUMNS gives the width."""
+    is_terminal = (sys.stderr if err else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return get_terminal_size().columns if is_terminal else None
+
+
+def print_text(text: str, *, indent: str = "", err: bool = False) -> None:
+    """Print text, folded between words if it is wider than the terminal. indent: of all lines but the first."""
+    click.echo(paragraph(text, width_of(err=err), indent), err=err)
 
 
 def print_table(
     columns: Sequence[str], lines: Iterable[Sequence[str]], *, right: Sequence[str] = (), err: bool = False
 ) -> None:
-    """Print a table without rules, folding its last column if it is too wide. Columns in `right` are aligned right.
-
-    In a pipe or a file nothing is folded, unless the variable COLUMNS gives the width. err: print on standard error.
-    """
-    table = [columns, *lines]
-    widths = [max(1, *map(len, cells)) for cells in zip(*table, strict=True)]
-    if (sys.stderr if err else sys.stdout).isatty() or "COLUMNS" in os.environ:
-        used = sum(width + len(GAP) for width in widths[:-1])
-        widths[-1] = min(widths[-1], max(get_terminal_size().columns - used, MIN_WIDTH))
-    justify = [str.rjust if name in right else str.ljust for name in columns]
-    for line, (*before, last) in enumerate(table):
-        for fold, part in enumerate(wrap(last, widths[-1]) or [""]):
-            cells = (*(cell if fold == 0 else "" for cell in before), part)
-            aligned = (align(cell, width) for align, cell, width in zip(justify, cells, widths, strict=True))
-            click.secho(GAP.join(aligned).rstrip(), bold=line == 0, err=err)
+    """Print a table without rules that fits the terminal. Columns in `right` are aligned right."""
+    print_tables([Table("", tuple(columns), [tuple(line) for line in lines], tuple(right))], err=err, gap=False)
 
 
-def print_tables(tables: Iterable[Table], *, err: bool = False) -> None:
-    """Print tables with their titles, and an empty line after each."""
+def print_tables(tables: Iterable[Table], *, err: bool = False, gap: bool = True) -> None:
+    """Print tables with their titles. gap: an empty line after each."""
     for table in tables:
-        if table.title:
-            click.echo(table.title, err=err)
-        print_table(table.columns, table.lines, right=table.right, err=err)
-        click.echo(err=err)
+        for line in table.title.splitlines():
+            print_text(line, err=err)
+        for number, line in enumerate(table_lines(table, width_of(err=err))):
+            click.secho(line, bold=number == 0, err=err)
+        if gap:
+            click.echo(err=err)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
