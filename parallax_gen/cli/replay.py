@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from parallax_gen.cli.options import json_option
-from parallax_gen.cli.text import console, print_json, print_table
-from parallax_gen.ops.base import config_to_dict
+from parallax_gen.cli.text import console, print_json, print_tables, print_text
 
 if TYPE_CHECKING:
     from parallax_gen.bench.plots import SearchCurves
-    from parallax_gen.tuning.borrowing import Borrowed, Summary
-    from parallax_gen.tuning.search.recorded_sweep import Curve, Sweep
 
-FRACTIONS = (0.02, 0.05, 0.1, 0.2)  # fractions of a sweep's configs at which regrets are printed
 SLOW_SAMPLERS = ("gp",)  # they take minutes per seed, so they run only on request
 
 SEARCH_OPTIONS = {name: f"--{name}" for name in ("seeds", "share", "workers")} | {
@@ -93,6 +89,7 @@ def replay(
         return
     if not files:
         raise click.UsageError("name files of sweeps, or use --borrow")
+    from parallax_gen.tuning.replay_tables import sampler_table, sweep_to_json
     from parallax_gen.tuning.search.recorded_sweep import STRATEGIES, read_sweep, replay_searches
     from parallax_gen.tuning.search.search import missing_package
 
@@ -108,7 +105,7 @@ def replay(
             curves = replay_searches(sweep, samplers or usual, seeds=seeds, trials=trials, workers=workers)
         replays.append((_name(path), sweep, curves))
         if not as_json:
-            _print(*replays[-1])
+            print_tables([sampler_table(*replays[-1])])
     if folder is not None:
         from parallax_gen.bench.plots import draw_regrets, write_regrets
 
@@ -117,57 +114,11 @@ def replay(
         if not draw_regrets(folder / "regrets.png", replays):
             click.echo("no regrets.png, which needs matplotlib: pip install 'parallax-gen[pictures]'", err=True)
     if as_json:
-        print_json({"sweeps": [_to_json(*results) for results in replays]})
+        print_json({"sweeps": [sweep_to_json(*results) for results in replays]})
 
 
 def _name(path: Path) -> str:
     return path.name.partition(".jsonl")[0]
-
-
-def _title(name: str, sweep: Sweep) -> str:
-    extent = "every config" if sweep.whole else "PARTIAL: not every config"
-    return f"{name}: {sweep.place.spec}; {sweep.place.bucket}\n{len(sweep.results)} configs, {extent}"
-
-
-def _print(name: str, sweep: Sweep, curves: list[Curve]) -> None:
-    """A line per sampler: trials until within 2 % of the best (median, quartiles), then regrets over the search."""
-    click.echo(_title(name, sweep))
-    configs = len(sweep.results)
-    fractions = [(share, math.ceil(share * configs)) for share in FRACTIONS]
-    fractions = [(share, n) for share, n in fractions if n <= len(curves[0].median)]
-    columns = ("sampler", "trials to 2 %", "of configs", *(f"regret at {share:.0%}" for share, _ in fractions))
-    lines = []
-    for curve in curves:
-        first, second, third = (f">{len(curve.median)}" if n is None else str(n) for n in curve.near_after)
-        fraction = "-" if curve.near_after[1] is None else f"{curve.near_after[1] / configs:.1%}"
-        regrets = [_percent(curve.median[n - 1]) for _, n in fractions]
-        lines.append((curve.strategy, f"{second} ({first} to {third})", fraction, *regrets))
-    print_table(columns, lines, right=columns[1:])
-    click.echo()
-
-
-def _percent(regret: float) -> str:
-    return f"{100 * regret:.1f} %" if math.isfinite(regret) else "-"
-
-
-def _to_json(name: str, sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
-    return {
-        "sweep": name,
-        "place": sweep.place.flat(),
-        "whole": sweep.whole,
-        "configs": len(sweep.results),
-        "best_us": sweep.best_us,
-        "samplers": [
-            {
-                "sampler": curve.strategy,
-                "trials_to_2_percent": dict(zip(("p25", "median", "p75"), curve.near_after, strict=True)),
-                "regret": curve.median,
-                "regret_p25": curve.lower,
-                "regret_p75": curve.upper,
-            }
-            for curve in curves
-        ],
-    }
 
 
 def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
@@ -176,6 +127,7 @@ def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
     from parallax_gen.memory.ranking import is_rendered
     from parallax_gen.problem.hardware import GPUS
     from parallax_gen.tuning.borrowing import borrowed, comparable_times, read_results, summarise
+    from parallax_gen.tuning.replay_tables import BORROWING_LEGEND, borrowing_tables, choice_to_json
 
     measurements = [result for path in files for result in read_results(path)]
     records = open_memory().all()
@@ -186,30 +138,8 @@ def _evaluate_borrowing(files: tuple[Path, ...], as_json: bool) -> None:
         choices = [choice for times in sets for choice in borrowed(times, records)]
     summaries = summarise(choices)
     if as_json:
-        print_json({"summaries": list(map(asdict, summaries)), "choices": list(map(_choice, choices))})
+        print_json({"summaries": list(map(asdict, summaries)), "choices": list(map(choice_to_json, choices))})
         return
-    columns = ("op", "choice", "places", "unmeasured", "mean", "worst", "default mean", "default worst")
-    print_table(columns, map(_line, summaries), right=columns[2:])
-    click.echo("\nmean, worst: a config's time divided by the fastest of its set; means are geometric;")
-    click.echo("places: pairs of kernel and bucket with times of choice and default; unmeasured: the others;")
+    print_tables(borrowing_tables(summaries))
+    print_text(BORROWING_LEGEND)
     click.echo(f"sets of times: {len(sets)}")
-
-
-def _line(summary: Summary) -> tuple[str, ...]:
-    slowdowns = (summary.mean, summary.worst, summary.default_mean, summary.default_worst)
-    texts = ("-" if slowdown is None else f"{slowdown:.3f}" for slowdown in slowdowns)
-    return (summary.kind, summary.choice, str(summary.places), str(summary.unmeasured), *texts)
-
-
-def _choice(choice: Borrowed) -> dict[str, Any]:
-    times = choice.comparable
-    return {
-        "place": times.place.flat(),
-        "triton": times.toolchain.triton,
-        "cuda": times.toolchain.cuda,
-        "left_out": choice.left_out,
-        "choice": choice.choice,
-        "config": config_to_dict(choice.config),
-        "slowdown": choice.slowdown,
-        "default_slowdown": choice.default_slowdown,
-    }

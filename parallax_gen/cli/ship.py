@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from parallax_gen.cli.options import complete_gpu, json_option
-from parallax_gen.cli.text import print_json, print_table
-from parallax_gen.describe import gain_text, number
+from parallax_gen.cli.text import print_json, print_tables, print_text
 from parallax_gen.errors import StoreError
-
-if TYPE_CHECKING:
-    from parallax_gen.memory.gains import Comparison
-
-NO_DEFAULT, SLOWER = "no time of the default", "slower than the default"
 
 
 @click.command()
@@ -80,14 +72,14 @@ def _ship(gpu: str, folder: Path | None, as_json: bool) -> None:
         print_json({"gpu": name, "file": str(path), **counts})
         return
     changes = f"{new} new or changed, {removed} replaced or dropped"
-    click.echo(f"{path}: {len(after)} records of {places} kernels and buckets; {changes}")
+    print_text(f"{path}: {len(after)} records of {places} kernels and buckets; {changes}")
 
 
 def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
     """Print where shipped records may be slower than the default. Returns the number of such places and toolchains."""
     from parallax_gen.memory.descriptions import card_of, name_in_records
-    from parallax_gen.memory.gains import comparisons_of
     from parallax_gen.memory.shipped import load_shipped, shipped_gpus
+    from parallax_gen.report.shipping import check_card
 
     names = shipped_gpus(folder) if gpu is None else [name_in_records(gpu, load_shipped(gpu, folder))]
     if not names:
@@ -97,54 +89,12 @@ def _check(gpu: str | None, folder: Path | None, as_json: bool) -> int:
         records = load_shipped(name, folder)
         if not records:
             raise StoreError(f"there are no shipped records for {name}")
-        comparisons = comparisons_of(records, card_of(records[0].place))
-        findings = [(comparison, finding) for comparison in comparisons if (finding := _finding(comparison))]
-        places = len({r.place for r in records}), len({c.place for c in comparisons})
-        cards.append((name, *places, findings))
+        cards.append(check_card(name, records, card_of(records[0].place)))
     if as_json:
-        print_json({"cards": [_card_to_json(*card) for card in cards]})
-    else:
-        for card in cards:
-            _print_card(*card)
-    return sum(len(findings) for *_, findings in cards)
-
-
-def _finding(comparison: Comparison) -> str:
-    """The problem of a place's records; "" if there is none."""
-    return NO_DEFAULT if comparison.default is None else SLOWER if comparison.is_slower_than_default else ""
-
-
-def _counts(findings: list[tuple[Comparison, str]]) -> dict[str, int]:
-    counts = Counter(finding for _, finding in findings)
-    return {finding: counts[finding] for finding in (NO_DEFAULT, SLOWER)}
-
-
-def _print_card(name: str, places: int, current: int, findings: list[tuple[Comparison, str]]) -> None:
-    if findings:
-        numbers = ("best us", "default us", "gain")
-        print_table((*numbers, "measured with", name), [_line(comparison) for comparison, _ in findings], right=numbers)
-    counts = ", ".join(f"{count} {finding}" for finding, count in _counts(findings).items())
-    click.echo(f"{name}: {places} kernels and sizes, {current} of them with records of today's kernels: {counts}")
-
-
-def _line(comparison: Comparison) -> tuple[str, ...]:
-    from parallax_gen.memory.toolchain import minor
-
-    best, default, place = comparison.chosen, comparison.default, comparison.place
-    times = (number(r.time_us) if r is not None and r.time_us else "-" for r in (best, default))
-    kernel_and_bucket = f"{place.spec}; {place.bucket}"
-    return *times, gain_text(comparison.gain), f"Triton {minor(best.evidence.triton)}", kernel_and_bucket
-
-
-def _card_to_json(name: str, places: int, current: int, findings: list[tuple[Comparison, str]]) -> dict[str, Any]:
-    counts = {finding.replace(" ", "_"): count for finding, count in _counts(findings).items()}
-    listed = [
-        {
-            "finding": finding,
-            "best": comparison.chosen.to_dict(),
-            "default_us": comparison.default and comparison.default.time_us,
-            "gain": comparison.gain,
-        }
-        for comparison, finding in findings
-    ]
-    return {"gpu": name, "places": places, "of_todays_kernels": current, **counts, "findings": listed}
+        print_json({"cards": [card.to_json() for card in cards]})
+        return sum(len(card.findings) for card in cards)
+    for card in cards:
+        if card.findings:
+            print_tables([card.table()], gap=False)
+        print_text(card.summary)
+    return sum(len(card.findings) for card in cards)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import geometric_mean
 
-from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.errors import StoreError
 from parallax_gen.memory.lines import is_database, read_file
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import RecordTable, Tier, best, default_of, nearest_buckets, siblings
@@ -107,7 +107,7 @@ def read_results(path: Path) -> list[Result]:
 def comparable_times(results: Iterable[Result]) -> list[ComparableTimes]:
     """The sets of comparable times in results, with the newest time of each config. Skips cards that are not in GPUS.
 
-    Raises ArgumentError if no place has two configs of one toolchain.
+    Raises StoreError if no place has two configs of one toolchain.
     """
     groups: dict[tuple[Place, Toolchain, int], dict[KernelConfig, float]] = {}
     for result in sorted(results, key=lambda result: result.created):
@@ -116,8 +116,8 @@ def comparable_times(results: Iterable[Result]) -> list[ComparableTimes]:
             groups.setdefault(key, {})[result.config] = result.time_us
     sets = [ComparableTimes(*key, times) for key, times in groups.items() if len(times) > 1]
     if not sets:
-        raise ArgumentError(
-            "results", "no two that are comparable", "two or more configs of one place, timed with one toolchain"
+        raise StoreError(
+            "no times can be compared: that needs two or more configs of one place, timed with one toolchain"
         )
     return sets
 

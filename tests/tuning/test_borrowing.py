@@ -11,7 +11,7 @@ import pytest
 from sweep_samples import RECORDED, synthetic_results
 
 from parallax_gen.codegen.render import render
-from parallax_gen.errors import ArgumentError, StoreError
+from parallax_gen.errors import StoreError
 from parallax_gen.memory.lines import write_lines
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import default_of, evidence_of
@@ -129,7 +129,7 @@ def test_the_newest_time_of_a_config_counts_and_single_configs_are_skipped() -> 
     failed = dataclasses.replace(record(1.0, OTHERS), outcome="wrong")
     elsewhere = record(1.0, OURS, at("a card of nobody's"))
     for few in ([], TRUTH[:1], [TRUTH[0], failed], [elsewhere, dataclasses.replace(elsewhere, config=OTHERS)]):
-        with pytest.raises(ArgumentError, match="no two that are comparable"):
+        with pytest.raises(StoreError, match="no times can be compared"):
             comparable_times(few)
 
 
