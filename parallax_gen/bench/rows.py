@@ -248,9 +248,12 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise ParallaxGenError(f"cannot read {path}: {error}") from error
     rows = _json_rows(path, text) if text.lstrip().startswith("{") else _csv_rows(path, text)
-    return [
-        replace(row_from(texts, f"{path}, {location}"), provenance=_provenance(path, texts)) for location, texts in rows
-    ]
+    try:
+        return [
+            replace(row_from(cells, f"{path}, {where}"), provenance=_provenance(path, cells)) for where, cells in rows
+        ]
+    except ArgumentError as error:  # of the file, not of an argument
+        raise ParallaxGenError(str(error)) from error
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:

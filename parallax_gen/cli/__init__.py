@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import errno
 import io
 import sys
 from difflib import get_close_matches
@@ -14,8 +13,9 @@ from typing import Any
 import click
 
 import parallax_gen
+from parallax_gen.cli.exits import one_line_errors
+from parallax_gen.cli.logs import verbose_option, with_verbose
 from parallax_gen.environment import SWITCHES, is_on
-from parallax_gen.errors import ParallaxGenError
 
 # Command -> module:function. The files import torch, Triton, Optuna and the database inside functions, to keep help
 # fast.
@@ -36,16 +36,9 @@ COMMANDS = {
     "completion": "parallax_gen.cli.completion:completion",
 }
 
-# Errors that a disk or a system limit causes, not a bug.
-DISK_ERRORS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
-)
-
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-
 
 class LazyGroup(click.Group):
-    """A group that imports its commands when needed and prints each error as one line."""
+    """A group that imports its commands when needed, and prints each error as one line."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _print_utf8()
@@ -60,7 +53,7 @@ class LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name].partition(":")
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
-        return command
+        return with_verbose(command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -73,19 +66,13 @@ class LazyGroup(click.Group):
             ctx.fail(f"No such command {name!r}.{advice}")
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with one_line_errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with one_line_errors():
             return super().invoke(ctx)
-        except ParallaxGenError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            ctx.exit(INTERRUPTED)
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:  # of any file, including standard output; click handles EPIPE
-                raise
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(1)
 
 
 def _print_utf8() -> None:
@@ -97,9 +84,7 @@ def _print_utf8() -> None:
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(parallax_gen.__version__, prog_name="parallax-gen")
-@click.option("-v", "--verbose", is_flag=True, help="Print on standard error which kernel is used, and why.")
-@click.pass_context
-def main(ctx: click.Context, verbose: bool) -> None:
+def main() -> None:
     """Specialised, tuned Triton kernels for Parallax attention: generate, tune, remember, launch.
 
     \b
@@ -114,7 +99,6 @@ def main(ctx: click.Context, verbose: bool) -> None:
     """
     for variable in SWITCHES:
         is_on(variable)  # raises for an invalid value before the command starts
-    if verbose:
-        from parallax_gen.cli.logs import show_logs
 
-        ctx.call_on_close(show_logs())
+
+main.params.append(verbose_option())

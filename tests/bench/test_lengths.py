@@ -102,7 +102,7 @@ def test_invalid_lengths_are_one_usage_error_that_names_the_option(
     done = run(*BENCH, *options)
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())
-    assert done.stderr.count("Error: ") == 1
+    assert done.stderr.count("error: ") == 1
     assert compared == []
 
 

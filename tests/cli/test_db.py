@@ -173,7 +173,7 @@ def test_export_with_filters(store: Store) -> None:
     assert exported("--op", "dkdv") == [("h200", "dkdv", "crash"), ("h200", "dkdv", "ok")]
     assert exported("--gpu", "NVIDIA H100 80GB HBM3") == [("h100", "decode", "ok")]
     assert exported("--gpu", "b200") == []
-    assert run("db", "export", "-", "--gpu", "b2000").exit_code == 1
+    assert run("db", "export", "-", "--gpu", "b2000").exit_code == 2
 
 
 def test_export_does_not_overwrite_a_database(store: Store) -> None:

@@ -19,8 +19,8 @@ from parallax_gen.cli.completion import SHELLS
 from parallax_gen.cli.text import print_table
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import GPUS
-from parallax_gen.problem.spec import DTYPES, PUBLIC_OPS
-from parallax_gen.problem.workloads import BENCH_GRIDS, GRIDS
+from parallax_gen.problem.spec import DTYPES
+from parallax_gen.problem.workloads import BENCH_GRIDS, GRIDS, OPS_AND_TRAINING
 from parallax_gen.runtime.dispatch import Dispatcher
 
 WIDE = ("column", "note"), [("c" * 70, "one two three " * 9), ("short", "four")]
@@ -40,7 +40,7 @@ def completed(*arguments: str) -> list[str]:
         (("tune", "--gpu", ""), list(GPUS)),
         (("list", "--gpu", "H2"), ["h200"]),
         (("ship", "--gpu", "h1"), ["h100", "h100-pcie"]),
-        (("explain", "--op", ""), list(PUBLIC_OPS)),
+        (("explain", "--op", ""), list(OPS_AND_TRAINING)),
         (("show", "--dtype", ""), list(DTYPES)),
         (("tune", "--grid", ""), list(GRIDS)),
         (("bench", "--grid", ""), list(BENCH_GRIDS)),
@@ -103,9 +103,50 @@ def test_exit_codes_are_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    assert (run("list").exit_code, run("list", "--gpu", "h2000").exit_code, run("list", "--x").exit_code) == (0, 1, 2)
+    assert (run("list").exit_code, run("list", "--gpu", "h2000").exit_code, run("list", "--x").exit_code) == (0, 2, 2)
     monkeypatch.setattr("parallax_gen.memory.descriptions.open_memory", interrupted)
     assert run("list").exit_code == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("explain",), 2, "give --op and --shape, or --model, or --for with --heads (see "),
+        (("db", "prune"), 2, "give one or more of --other-environments, --failures, --predicted, --older-than DAYS"),
+        (("--nonsense",), 2, "No such option '--nonsense'."),
+        (("render", "--op", "dkdv", "--head-dim", "100"), 2, "100 is not a multiple of 8"),
+        (("render", "--op", "preprocess", "--dtype", "tf32", "--gpu", "h200"), 2, "dtype: got 'tf32'; allowed: "),
+        (("list", "--gpu", "h2000"), 2, "did you mean h200?"),
+        (("render", *CALL, "--config", "{}"), 2, "a decode config has the fields"),
+        (("tune", "--model", "nothing", "--gpu", "h200"), 2, "--model: got "),
+        (("ship", "--gpu", "h200"), 1, "has no measurement of today's kernels"),
+    ],
+)
+def test_errors_have_one_style_and_a_status_by_kind(arguments: tuple[str, ...], status: int, message: str) -> None:
+    done = run(*arguments)
+    assert (done.exit_code, done.stdout) == (status, "")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_group_without_a_command_shows_its_help() -> None:
+    for arguments in ((), ("db",)):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        assert "Commands:" in done.output
+        assert "error:" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("h2000", "h200"), ("H100 SXM9", "h100"), ("rtx 4080", "rtx4090"), ("a10", "a100"), ("mi300", "")],
+)
+def test_an_unknown_gpu_gets_the_nearest_name(name: str, nearest: str) -> None:
+    for command in (("list",), ("explain", *CALL[2:]), ("report",), ("ship",), ("db", "export", "-")):
+        said = run(*command, "--gpu", name).stderr
+        assert said.startswith(f"error: unknown GPU {name!r}; known GPUs: a100, ")
+        assert said.endswith(f"; did you mean {nearest}?\n" if nearest else ", rtx5090\n")
 
 
 def test_help_summaries_are_not_truncated() -> None:
@@ -186,6 +227,14 @@ def test_verbose_logs_the_config_and_the_reason(store: Store) -> None:
     assert f"measured here, 200.0 us, 2026-01-01T00:00:00+00:00: BLOCK_N={config(3).BLOCK_N} " in message
     assert "NUM_SPLITS=3" in message
     assert run("render", *CALL).stderr == ""  # the log handler is removed after its command
+    assert run("render", *CALL, "-v").stderr == run("-v", "render", "-v", *CALL).stderr == message
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "db"] + ["db stats", "db check"])
+def test_verbose_is_an_option_before_and_after_each_command(command: str) -> None:
+    assert "-v, --verbose" in run(*command.split(), "--help").stdout
+    assert "-v, --verbose" in run("--help").stdout
+    assert "No such option" not in run(*command.split(), "-v", "--help").output
 
 
 def test_the_dispatcher_logs_once_per_bucket_and_names_the_file(

@@ -112,6 +112,6 @@ def test_a_malformed_file_is_one_line(store: Store, tmp_path: Path) -> None:
     assert result.stderr.startswith(f"error: {path}, line 2: not a kernel and its calls: ")
     (tmp_path / "empty").touch()
     result = run("tune", "--gpu", "h200", "--calls", tmp_path / "empty", *QUICK)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "calls: got a recording of no calls; allowed: " in result.stderr
     assert store.all() == []

@@ -70,7 +70,7 @@ def test_with_a_gpu_it_measures(fake_h200: None, store: Store) -> None:
 
 def test_a_gpu_that_is_not_installed_is_refused(fake_h200: None, store: Store) -> None:
     result = run("tune", "--gpu", "h100", *FEW)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith("error: --gpu is h100, but the card here is h200 (NVIDIA H200 SXM)")
     assert store.all() == []
 
@@ -182,7 +182,7 @@ def test_devices_must_exist_and_be_of_one_model(
 ) -> None:
     fake_gpus(monkeypatch, *names)
     result = run("tune", *FEW, "--devices", "0,1")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith(said)
     assert store.all() == []
 
