@@ -29,7 +29,6 @@ import optuna
 
 import parallax_gen
 from parallax_gen.cli import main as command
-from parallax_gen.cli.export import ExportedKernel
 from parallax_gen.codegen.fingerprint import below_header, fingerprint
 from parallax_gen.codegen.render import render
 from parallax_gen.describe import brief
@@ -60,6 +59,7 @@ from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.runtime.dispatch import tune_command
+from parallax_gen.runtime.export import ExportedKernel
 from parallax_gen.tuning.claims import SharedClaims
 from parallax_gen.tuning.job import Job, program_key
 from parallax_gen.tuning.search.cost_model import guess_us
@@ -234,7 +234,7 @@ def kernels(question: Json) -> Json:
     spec, shape = spec_from(stored), Shape(*sizes)
     config = default_config(spec, shape, GPUS[gpu])
     result = render(spec, config, GPUS[gpu])
-    name = ExportedKernel(spec, bucket_of(shape), config, "").file_name(result)
+    name = ExportedKernel(Place(gpu, spec, bucket_of(shape)), config, "").file_name(result)
     of_any_version = result.text.replace(f"parallax_gen {parallax_gen.__version__}", "parallax_gen", 1)
     return [name, fingerprint(result.text), digest(below_header(result.text)), digest(of_any_version)]
 

@@ -272,6 +272,27 @@ def test_links_have_targets_in_docs(page: Path) -> None:
             assert anchor in slugs, target
 
 
+SCREENS = [block for page in PAGES for block in blocks_of(page) if block.code.startswith("$ parallax-gen ")]
+
+
+@pytest.mark.parametrize("block", SCREENS, ids=lambda block: block.where)
+def test_a_screen_is_what_a_command_prints(block: Block) -> None:
+    """Its lines without numbers are: times, configs and counts change with the records and the Triton."""
+    command, *lines = block.code.splitlines()
+    assert max(map(len, lines)) <= 80
+    arguments = shlex.split(command.removeprefix("$ parallax-gen "))
+    done = subprocess.run(
+        [sys.executable, "-m", "parallax_gen.cli", *arguments],
+        cwd=TOP,
+        env=os.environ | {"COLUMNS": "80", "PYTHONPATH": str(TOP)},
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    printed = [line.split() for line in done.stdout.splitlines()]
+    assert [line for line in lines if not re.search(r"\d", line) and line.split() not in printed] == []
+
+
 def test_every_page_is_linked_from_the_readme() -> None:
     text = (TOP / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if page.name != "README.md" and f"{page.name})" not in text] == []

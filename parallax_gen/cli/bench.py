@@ -17,7 +17,7 @@ from parallax_gen.bench.results_csv import ResultsCsv
 from parallax_gen.bench.rows import FULL_EFFORT, GRID_EFFORT, QUICK_EFFORT, Conditions, Row, to_json
 from parallax_gen.bench.summary import mean_lines, notes_of, table_of, title
 from parallax_gen.cli.options import check_flags, flag_options, json_option, parse_head_dim, shape_option
-from parallax_gen.cli.text import console, print_json, print_table
+from parallax_gen.cli.text import console, print_json, print_table, print_text
 from parallax_gen.codegen import device
 from parallax_gen.describe import number
 from parallax_gen.errors import MeasureError
@@ -194,7 +194,7 @@ def bench(
         print_json({**conditions.flat(), "rows": [to_json(row) for row in rows]})
     else:
         for line in mean_lines(rows):
-            click.echo(line)
+            print_text(line)
         _print_conditions(conditions, rows)
 
 
@@ -202,26 +202,27 @@ def _print_rows(rows: list[Row]) -> None:
     """Print the table of one case, a line per baseline."""
     first, notes = rows[0], {row.note for row in rows}
     quick = first.conditions is not None and first.conditions.effort.quick
-    click.echo(title(first.op, first.spec, first.shape, first.lengths) + " (quick)" * quick)
+    print_text(title(first.op, first.spec, first.shape, first.lengths) + " (quick)" * quick)
     if len(notes) == 1 and not any(row.time_us for row in rows):
-        click.echo(first.note)
+        print_text(first.note)
     else:
         columns, lines = table_of(rows)
         print_table(columns, lines, right=columns[1:])
         for note in notes_of(rows):
-            click.echo(note)
+            print_text(note)
     click.echo()
 
 
 def _print_conditions(conditions: Conditions, rows: list[Row]) -> None:
     """Print the conditions under which the times above were measured."""
-    click.echo(f"{conditions.card}\n{conditions.versions}")
+    print_text(conditions.card)
+    print_text(conditions.versions)
     packages = {row.baseline: row.package for row in rows if row.time_us and row.package and row.baseline != OURS}
     for name, package in packages.items():
-        click.echo(f"{name}: {package}")
+        print_text(f"{name}: {package}")
     effort = conditions.effort
     rounds = "1 round" if effort.rounds == 1 else f"{effort.rounds} rounds"
-    click.echo(
+    print_text(
         f"medians of CUDA graph replays, warm L2: {rounds} of {effort.timed_ms:.0f} ms" + QUICK_NOTE * effort.quick
     )
     if effort.oracle == "sample":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parallax_gen.cli.options import json_option
-from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.cli.text import print_json, print_table, print_text
 from parallax_gen.describe import format_counts
 from parallax_gen.errors import StoreError
 from parallax_gen.problem.spec import PUBLIC_OPS
@@ -95,9 +95,9 @@ def stats(as_json: bool) -> None:
     if as_json:
         print_json(counts)
         return
-    click.echo(f"{counts['path']}: {_rows(len(results))}, {decimal(counts['bytes'])}, schema {counts['schema']}")
+    print_text(f"{counts['path']}: {_rows(len(results))}, {decimal(counts['bytes'])}, schema {counts['schema']}")
     if counts["unreadable"]:
-        click.echo(f"{_rows(counts['unreadable'])} cannot be read: parallax-gen db check says why")
+        print_text(f"{_rows(counts['unreadable'])} cannot be read: parallax-gen db check says why")
     for gpu in dict.fromkeys(kernel["gpu"] for kernel in counts["kernels"]):
         click.echo(f"\n{gpu}")
         kernels = [kernel for kernel in counts["kernels"] if kernel["gpu"] == gpu]
@@ -156,9 +156,9 @@ def export_rows(file: Path, gpu: str | None, op: str | None, measured: bool) -> 
             click.echo(to_line(result), nl=False)
     else:
         write_lines(file, newest_toolchain_first(results))
-    click.echo(f"{'standard output' if to_stdout else file}: {_rows(len(results))}", err=to_stdout)
+    print_text(f"{'standard output' if to_stdout else file}: {_rows(len(results))}", err=to_stdout)
     if unreadable:
-        click.echo(f"left out {_rows(unreadable)} that cannot be read: parallax-gen db check says why", err=True)
+        print_text(f"left out {_rows(unreadable)} that cannot be read: parallax-gen db check says why", err=True)
 
 
 def _selected(results: list[Result], gpu: str | None, op: str | None) -> list[Result]:
@@ -206,10 +206,10 @@ def import_rows(files: tuple[Path, ...], skip_bad: bool) -> None:
     with Store() as store:
         merged = store.merge(results)
     skipped = f", {len(bad)} skipped" if bad else ""
-    click.echo(f"{store.path}: {merged.new} new, {merged.replaced} replaced, {merged.kept} kept{skipped}")
+    print_text(f"{store.path}: {merged.new} new, {merged.replaced} replaced, {merged.kept} kept{skipped}")
     unused = sum(not is_rendered(result, card_of(result.place)) for result in results)
     if unused:
-        click.echo(f"{unused} of kernels that are no longer rendered: calls ignore them; tuning starts from them")
+        print_text(f"{unused} of kernels that are no longer rendered: calls ignore them; tuning starts from them")
 
 
 def _read(file: Path) -> ParsedRecords:
@@ -285,20 +285,20 @@ def prune(
         rows = store.all()
         to_delete = [row for row in _selected(rows, gpu, op) if is_selected(row)]
         if not to_delete:
-            click.echo(f"{store.path}: none of its {_rows(len(rows))} is selected")
+            print_text(f"{store.path}: none of its {_rows(len(rows))} is selected")
             return
         selection = (
             f"{len(to_delete)} of {_rows(len(rows))} ({format_counts(Counter(row.outcome for row in to_delete))})"
         )
         if dry_run:
-            click.echo(f"{store.path}: {selection} would be deleted")
+            print_text(f"{store.path}: {selection} would be deleted")
             return
         if not yes:
             click.confirm(f"{store.path}: delete {selection}?", abort=True)
         backup = store.path.with_name(f"{store.path.name}.pruned-{now:%Y%m%dT%H%M%S}-{os.getpid()}.jsonl")
         write_lines(backup, to_delete)
         deleted = store.delete(to_delete)
-    click.echo(f"{store.path}: {_rows(deleted)} deleted; they are in {backup}")
+    print_text(f"{store.path}: {_rows(deleted)} deleted; they are in {backup}")
 
 
 @db.command()
@@ -325,7 +325,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
         print_json({"path": str(file), "sound": not problems, "schema": schema, "rows": rows, "problems": problems})
     else:
         state = f"problems: {len(problems)}" if problems else "sound" if file.exists() else "not yet created"
-        click.echo(f"{file}: {state}, schema {schema}, {_rows(rows)} readable")
+        print_text(f"{file}: {state}, schema {schema}, {_rows(rows)} readable")
         for problem in problems:
-            click.echo(f"  {problem}")
+            print_text(f"  {problem}", indent="    ")
     ctx.exit(1 if problems else 0)

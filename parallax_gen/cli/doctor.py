@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import click
 
 from parallax_gen.cli.options import json_option
-from parallax_gen.cli.text import print_json
+from parallax_gen.cli.text import print_json, print_text
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.tuning.installation import CHECKS
 
@@ -39,7 +39,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         for finding in _run_check(check, find):
             findings.append(finding)
             if not as_json:
-                click.echo(f"{finding.check:<9} {finding.status:<7} {finding.text}")
+                print_text(f"{finding.check:<9} {finding.status:<7} {finding.text}", indent=" " * 18)
     broken = any(finding.status == "broken" for finding in findings)
     if as_json:
         print_json({"broken": broken, "findings": [asdict(finding) for finding in findings]})

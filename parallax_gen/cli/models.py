@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parallax_gen.cli.options import Command, with_options
-from parallax_gen.cli.text import print_tables
+from parallax_gen.cli.options import Command, KernelArgs, kernel_options, print_bucket, with_options
+from parallax_gen.cli.text import print_tables, print_text
 from parallax_gen.describe import duration, format_counts
+from parallax_gen.memory.place import Place
+from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.models import Model
-from parallax_gen.problem.steps import SERVING, Serving, Step, Training, steps_of
-from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags
+from parallax_gen.problem.shapes import bucket_of
+from parallax_gen.problem.steps import SERVING, Call, Serving, Step, Training, steps_of, title_of
+from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, Sizes
 
 if TYPE_CHECKING:
     from parallax_gen.tuning.plan import Plan
@@ -101,7 +104,7 @@ def model_options(command: Command) -> Command:
             metavar="PATH",
             help="A folder of transformers, or its config.json: the kernels that this model calls.",
         ),
-        click.option("--tp", **_SIZE, help="Tensor parallel ranks: each has so many times fewer heads."),
+        click.option("--tp", **_SIZE, help="Tensor parallel ranks: each has 1/N of the heads."),
         click.option(
             "--for",
             "runs",
@@ -115,23 +118,77 @@ def model_options(command: Command) -> Command:
         click.option("--training", is_flag=True, help="With --model, only training. Default: training and serving."),
         click.option("--serving", is_flag=True, help="With --model, only serving."),
         click.option("--batch", **_SIZE, help="Sequences of a training step on one card. Default: 4."),
-        click.option("--seqlen", **_SIZE, help="Tokens of each. Default: 4096, or the model's most."),
-        click.option("--max-len", **_SIZE, help="Keys of a served sequence. Default: 8192, or the model's most."),
-        click.option("--max-batch", **_SIZE, help="Sequences served at a time. Default: 8."),
-        click.option("--chunk", **_SIZE, help="Tokens of a prompt that a step computes. Default: 2048."),
+        click.option(
+            "--seqlen", **_SIZE, help="Tokens of each sequence. Default: 4096, or the model's maximum if that is less."
+        ),
+        click.option(
+            "--max-len",
+            **_SIZE,
+            help="Keys of a served sequence. Default: 8192, or the model's maximum if that is less.",
+        ),
+        click.option("--max-batch", **_SIZE, help="Sequences that are served together. Default: 8."),
+        click.option("--chunk", **_SIZE, help="Tokens of a prompt that one step computes. Default: 2048."),
     )
     return with_options(collect, options)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The kernels that a command is asked about.
+
+    one  whether it is a single kernel, by --op and --shape
+    """
+
+    title: str
+    steps: list[Step]
+    one: bool
+
+    @property
+    def calls(self) -> list[Call]:
+        """Each kernel at each shape once."""
+        return [*{(call.spec, call.shape): call for step in self.steps for call in step.calls}.values()]
+
+    def places(self, gpu: Gpu) -> list[Place]:
+        """The places of the calls, each once."""
+        return [*dict.fromkeys(Place(gpu.name, call.spec, bucket_of(call.shape)) for call in self.calls)]
+
+
+def asked_options(command: Command, *, default: str = "") -> Command:
+    """Add the options of `asked`; the command gets `model` and `requested`. default: as in kernel_options"""
+    return model_options(kernel_options(command, default=default))
+
+
+def asked(model: ModelArgs | None, requested: KernelArgs, shapes: Sequence[Sizes], *, usual: bool = False) -> Asked:
+    """What --op with --shape, or --model, asks for. Raises UsageError if neither or both are given.
+
+    usual  without a shape, the first of the op's usual shapes
+    """
+    if model is not None:
+        if requested.op or shapes:
+            raise click.UsageError("--model and --for choose kernels and sizes: leave out --op and --shape")
+        head_dims = [requested.head_dim] if requested.head_dim else []
+        dtypes = [requested.dtype] if requested.dtype else []
+        split, steps = model.steps(head_dims, dtypes, requested.flags)
+        return Asked(str(split), steps, one=False)
+    if not requested.op or not (shapes or usual):
+        and_shape = "" if usual else " and --shape"
+        raise click.UsageError(f"give --op{and_shape}, or --model, or --for with --heads")
+    for sizes in shapes:
+        print_bucket(sizes, (requested.op,))
+    steps = [requested.step(sizes) for sizes in shapes] or [requested.step(None)]
+    kernel = title_of(steps[0].calls[-1].spec, requested.op)
+    return Asked(kernel, steps, one=len(steps) == len(steps[0].calls) == 1)
 
 
 def print_plan(plan: Plan, seconds: float, devices: int) -> None:
     """Print the kernels of a plan, what is known of each, and how long the tune takes, on standard error."""
     from parallax_gen.tuning.summary import plan_table
 
-    click.echo(f"{plan.model}; on {plan.gpu.name}", err=True)
+    print_text(f"{plan.model}; on {plan.gpu.name}", err=True)
     print_tables([plan_table(plan)], err=True)
     jobs = f"{len(plan.jobs)} job{'s' * (len(plan.jobs) > 1)} on {devices} device{'s' * (devices > 1)}"
-    click.echo(f"configs now: {format_counts(plan.tiers)}", err=True)
-    click.echo(f"{jobs}: {duration(seconds)} at most; Ctrl-C loses no trial", err=True)
+    print_text(f"configs now: {format_counts(plan.tiers)}", err=True)
+    print_text(f"{jobs}: {duration(seconds)} at most; Ctrl-C loses no trial", err=True)
 
 
 def confirm(seconds: float, yes: bool) -> None:

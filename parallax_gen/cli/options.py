@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import click
 
+from parallax_gen.cli.text import print_text
 from parallax_gen.codegen import device
 from parallax_gen.errors import ArgumentError, UnknownGpuError
 from parallax_gen.memory.place import Place
 from parallax_gen.problem.hardware import GPUS, STAND_IN, Gpu, gpu_by_name
-from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, LARGEST_HEAD_DIM, PUBLIC_OPS, KernelSpec
+from parallax_gen.problem.shapes import Shape, bucket_of, representative, sizes_of
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, LARGEST_HEAD_DIM, KernelSpec
+from parallax_gen.problem.steps import Step, step_at
 from parallax_gen.problem.workloads import (
     NO_FLAGS,
     OPS_AND_TRAINING,
@@ -24,8 +26,7 @@ from parallax_gen.problem.workloads import (
     Flags,
     Sizes,
     has_flag,
-    kernels,
-    spec_for,
+    has_kernel,
     usual_shapes,
 )
 
@@ -59,27 +60,39 @@ def parse_sizes(text: str) -> Sizes:
 
 @dataclass(frozen=True)
 class KernelArgs:
-    """The kernel that --op, --head-dim, --dtype and the flags select. Its group comes from a shape's heads."""
+    """The kernels that --op, --head-dim, --dtype and the flags select. Their group comes from a shape's heads.
+
+    op        "" if it was not given, TRAINING for the four kernels of a step
+    head_dim  None, like dtype, if it was not given
+    """
 
     op: str
-    head_dim: int
-    dtype: str
+    head_dim: int | None = None
+    dtype: str | None = None
     flags: Flags = NO_FLAGS
 
+    def step(self, sizes: Sizes | None) -> Step:
+        """The kernels at these sizes; by default at the first of the op's usual shapes."""
+        shape = next(iter(usual_shapes(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
+        window = self.flags.window
+        if window and window >= shape.seqlen_kv:
+            click.echo(f"--window {window} covers all {shape.seqlen_kv} keys, so it is ignored", err=True)
+        return step_at(self.op, self.head_dim or USUAL_HEAD_DIM, self.dtype or "bf16", shape, self.flags)
+
     def kernel(self, sizes: Sizes | None) -> tuple[KernelSpec, Shape]:
-        """The spec and shape of the kernel at these sizes; by default at the first of the op's usual shapes."""
-        requested = next(iter(usual_shapes(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
-        ((spec, shape),) = kernels(self.op, self.head_dim, self.dtype, requested, self.flags)
-        if shape.window < (self.flags.window or 0):
-            click.echo(f"--window {self.flags.window} covers all {shape.seqlen_kv} keys, so it is ignored", err=True)
-        return spec, shape
+        """The only kernel of `step`."""
+        (call,) = self.step(sizes).calls
+        return call.spec, call.shape
 
     def matches(self, place: Place) -> bool:
-        """Whether a place belongs to this kernel, with any group and in any bucket of its window."""
+        """Whether a place belongs to these kernels, with any group and in any bucket of their window."""
         window = bucket_of(Shape(1, 1, 1, 1, 1, self.flags.window or 0)).window
+        window *= has_flag(place.spec.public_op, "window")
         shape = representative(place.bucket, place.spec.group)
-        spec = spec_for(self.op, self.head_dim, self.dtype, shape, self.flags)
-        return place.bucket.window == window and place.spec == spec
+        if place.bucket.window != window or not has_kernel(self.op, place.spec):
+            return False
+        step = step_at(self.op, self.head_dim or USUAL_HEAD_DIM, self.dtype or "bf16", shape, self.flags)
+        return place.spec in [call.spec for call in step.calls]
 
 
 def parse_head_dim(text: str | int) -> int:
@@ -171,11 +184,11 @@ def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Com
     return with_options(collect, options)  # type: ignore[return-value]
 
 
-def check_flags(flags: Flags, ops: Sequence[str], choices: Sequence[str] = OPS_AND_TRAINING) -> None:
-    """Raise UsageError for a flag that none of the ops supports. choices: the ops that the command takes."""
+def check_flags(flags: Flags, ops: Sequence[str]) -> None:
+    """Raise UsageError for a flag that none of the ops supports."""
     for name, options in _OPTIONS.items():
         is_set = flags.causal is not None if name == "causal" else bool(getattr(flags, name))
-        supporting = [op for op in choices if has_flag(op, name)]
+        supporting = [op for op in OPS_AND_TRAINING if has_flag(op, name)]
         if is_set and not set(ops) & set(supporting):
             raise click.UsageError(f"{options} needs --op {' or '.join(supporting)}, not {' or '.join(ops)}")
     for option, value in (("--page-size", flags.page_size), ("--cache-dtype", flags.cache_dtype)):
@@ -183,10 +196,10 @@ def check_flags(flags: Flags, ops: Sequence[str], choices: Sequence[str] = OPS_A
             raise click.UsageError(f"{option} needs --op decode, not {' or '.join(ops)}")
 
 
-def kernel_options(command: Command, *, op_required: bool = True) -> Command:
-    """Add the options that select one kernel; the command gets them as one argument, `requested`.
+def kernel_options(command: Command, *, default: str = "") -> Command:
+    """Add the options that select kernels; the command gets them as one argument, `requested`: a KernelArgs.
 
-    op_required: otherwise the command may be called without --op, and its op is ""
+    default  what they select if they are not given; "" for a kernel of the usual head_dim and dtype
     """
 
     @functools.wraps(command)
@@ -196,15 +209,24 @@ def kernel_options(command: Command, *, op_required: bool = True) -> Command:
             **{name: options_by_name.pop(name) for name in ("head_dim", "dtype", "flags")},
         )
         if requested.op:
-            check_flags(requested.flags, (requested.op,), PUBLIC_OPS)
+            check_flags(requested.flags, (requested.op,))
         return command(requested=requested, **options_by_name)
 
     options = (
-        click.option("--op", type=click.Choice(PUBLIC_OPS), required=op_required),
-        click.option("--head-dim", type=parse_head_dim, default=USUAL_HEAD_DIM, metavar="N", show_default=True),
-        click.option("--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True),
+        click.option("--op", type=click.Choice(OPS_AND_TRAINING), help="training: the four kernels of a step."),
+        click.option("--head-dim", type=parse_head_dim, metavar="N", help=f"Default: {default}{USUAL_HEAD_DIM}."),
+        click.option("--dtype", type=click.Choice(DTYPES), help=f"Default: {default}bf16, or the model's."),
     )
     return with_options(flag_options(collect), options)  # type: ignore[return-value]
+
+
+def print_bucket(sizes: Sizes, ops: Sequence[str]) -> None:
+    """Say on standard error which bucket a --shape means for each op, unless its sizes are the bucket's own."""
+    for shape in dict.fromkeys(sizes.for_op(op) for op in ops):
+        bucket = bucket_of(shape)
+        own = shape.batch * shape.kv_heads, shape.seqlen_q, shape.seqlen_kv
+        if own != (bucket.kv_rows, bucket.seqlen_q, bucket.seqlen_kv):
+            print_text(f"--shape {sizes} means the bucket {bucket}, one config for {sizes_of(bucket)}", err=True)
 
 
 def with_options(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:

@@ -6,8 +6,9 @@ import json
 
 import click
 
-from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, kernel_options, shape_option
-from parallax_gen.cli.text import print_json
+from parallax_gen.cli.models import ModelArgs, asked, asked_options
+from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, shape_option
+from parallax_gen.cli.text import print_json, print_text
 from parallax_gen.errors import BuildError
 from parallax_gen.memory.old import config_of_record
 from parallax_gen.ops.base import KernelConfig, config_to_dict
@@ -21,13 +22,14 @@ COMPILE_TIMEOUT_S = 120.0
 
 @click.command("render")
 @gpu_option
-@kernel_options
+@asked_options
 @shape_option(more_help="Default: the first of the op's usual shapes.")
 @click.option("--config", "config_json", metavar="JSON", help="All fields of a config. Default: the one a call gets.")
 @click.option("--resources", is_flag=True, help="Also compile it; print registers, spills, shared memory to stderr.")
 @json_option
 def render_kernel(
     gpu: str | None,
+    model: ModelArgs | None,
     requested: KernelArgs,
     shape: Sizes | None,
     config_json: str | None,
@@ -35,6 +37,8 @@ def render_kernel(
     as_json: bool,
 ) -> None:
     """Print the source of a kernel, exactly as it is launched.
+
+    With --op training or --model, prints one source after another: parallax-gen export writes each to a file.
 
     \b
     Example
@@ -44,18 +48,27 @@ def render_kernel(
     from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.runtime.dispatch import choose
 
-    card, (spec, sizes) = chosen_gpu(gpu), requested.kernel(shape)
-    config = (
-        choose(spec, sizes, card, open_memory()).config if config_json is None else _config(requested.op, config_json)
-    )
-    source = render(spec, config, card)
-    if as_json:
+    kernels = asked(model, requested, [shape] if shape else [], usual=True)
+    if config_json is not None and not kernels.one:
+        raise click.UsageError("--config is the config of one kernel: give its --op")
+    card, documents, printed = chosen_gpu(gpu), [], set()
+    for call in kernels.calls:
+        if config_json is None:
+            config = choose(call.spec, call.shape, card, open_memory()).config
+        else:
+            config = _config(requested.op, config_json)
+        source = render(call.spec, config, card)
+        if source.text in printed:  # of another bucket
+            continue
+        printed.add(source.text)
         rendered = {"name": source.name, "sha256": source.sha256, "source": source.text}
-        print_json({"gpu": card.name, "spec": spec.to_dict(), "config": config_to_dict(config), **rendered})
-    else:
-        click.echo(source.text, nl=False)
-    if resources:
-        click.echo(_resources(spec, config, sizes, card), err=True)
+        documents.append({"spec": call.spec.to_dict(), "config": config_to_dict(config), **rendered})
+        if not as_json:
+            click.echo(source.text, nl=False)
+        if resources:
+            print_text(_resources(call.spec, config, call.shape, card), err=True)
+    if as_json:
+        print_json({"gpu": card.name, **(documents[0] if kernels.one else {"kernels": documents})})
 
 
 def _config(op: str, text: str) -> KernelConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from parallax_gen.cli.options import json_option
-from parallax_gen.cli.text import print_json
+from parallax_gen.cli.text import print_json, print_text
 from parallax_gen.errors import ParallaxGenError
 
 
@@ -68,9 +68,9 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, all_envi
     except OSError as error:
         raise ParallaxGenError(f"cannot write {out}: {error}") from error
     measured = sum(entry is not None and entry.best is not None for entry in data.by_place.values())
-    click.echo(f"{out}: {measured} measured buckets on {', '.join(data.gpus) or 'no GPU'}, {len(page) / 1000:.0f} KB")
+    print_text(f"{out}: {measured} measured buckets on {', '.join(data.gpus) or 'no GPU'}, {len(page) / 1000:.0f} KB")
     if data.left_out:
-        click.echo(f"entries of other toolchains and kernels left out: {data.left_out}; --all-environments shows them")
+        print_text(f"entries of other toolchains and kernels left out: {data.left_out}; --all-environments shows them")
 
 
 def _command(gpus: tuple[str, ...], benches: tuple[Path, ...], all_environments: bool) -> str:

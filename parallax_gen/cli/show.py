@@ -6,54 +6,62 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, kernel_options, shape_option
-from parallax_gen.cli.text import print_json, print_table
+from parallax_gen.cli.models import ModelArgs, asked, asked_options
+from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, shape_option
+from parallax_gen.cli.text import print_json, print_table, print_text
 from parallax_gen.describe import LEGEND, brief, number
 from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
     from parallax_gen.memory.descriptions import Origins
+    from parallax_gen.memory.place import Place
     from parallax_gen.memory.result import Result
+
+EXPLANATION = """status: measured (by you), shipped (measured elsewhere), or predicted (calls never use it);
+regs: registers per thread; spills: bytes per thread; shared: bytes per program;
+error: relative, against an fp64 oracle;
+differs in: how the result differs from this process: kernel, Triton, ptxas (cuda), timing protocol"""
 
 
 @click.command()
 @gpu_option
-@kernel_options
-@shape_option(required=True)
+@asked_options
+@shape_option()
 @json_option
-def show(gpu: str | None, requested: KernelArgs, shape: Sizes, as_json: bool) -> None:
-    """Show all results of one kernel at one shape.
+def show(gpu: str | None, model: ModelArgs | None, requested: KernelArgs, shape: Sizes | None, as_json: bool) -> None:
+    """Show all results of a kernel at one shape.
 
     Lists all results of the shape's bucket, from fast to slow, then failures with their reasons. Marks results of
-    another toolchain, and of other kernels than today's.
+    another toolchain, and of other kernels than today's. With --op training or --model, of each kernel.
 
     \b
     Example
       parallax-gen show --gpu h200 --op decode --shape 32,32/8,8192
     """
     from parallax_gen.memory.descriptions import Origins, open_memory
-    from parallax_gen.memory.place import Place
-    from parallax_gen.problem.shapes import bucket_of
 
-    card, (spec, sizes) = chosen_gpu(gpu), requested.kernel(shape)
-    place = Place(card.name, spec, bucket_of(sizes))
+    kernels = asked(model, requested, [shape] if shape else [])
+    card = chosen_gpu(gpu)
     memory = open_memory()
-    results = memory.results(place)
+    found = [(place, memory.results(place)) for place in kernels.places(card)]
     origins = Origins(memory, card.name)
     if as_json:
-        print_json({"place": place.flat(), "results": [origins.to_json(r) for r in results]})
+        documents = [{"place": p.flat(), "results": [origins.to_json(r) for r in results]} for p, results in found]
+        print_json(documents[0] if kernels.one else {"kernels": documents})
         return
-    click.echo(f"{card.name}: {place.spec}; {place.bucket}")
+    for place, results in found:
+        _print(place, results, origins)
+    if any(results for _, results in found):
+        print_text(LEGEND)
+        print_text(EXPLANATION)
+
+
+def _print(place: Place, results: list[Result], origins: Origins) -> None:
+    print_text(f"{place.gpu}: {place.spec}; {place.bucket}")
     if not results:
-        click.echo("there are no results for this kernel and bucket: parallax-gen explain says which config calls get")
-        return
+        print_text("there are no results for this kernel and bucket: parallax-gen explain says which config calls get")
     _print_timed([r for r in results if not r.outcome.failed], origins)
     _print_failed([r for r in results if r.outcome.failed])
-    click.echo(LEGEND)
-    click.echo("status: measured (by you), shipped (measured elsewhere), or predicted (calls never use it);")
-    click.echo("regs: registers per thread; spills: bytes per thread; shared: bytes per program;")
-    click.echo("error: relative, against an fp64 oracle;")
-    click.echo("differs in: how the result differs from this process: kernel, Triton, ptxas (cuda), timing protocol")
 
 
 def _print_timed(results: list[Result], origins: Origins) -> None:
@@ -76,13 +84,12 @@ def _print_failed(results: list[Result]) -> None:
     """Print two lines per failed config, since messages may be long."""
     for result in results:
         registers, spills, shared, error = _resources(result)
-        click.echo(
-            f"{result.outcome}: {brief(result.config)}; {registers} registers, {spills} bytes spilled, ", nl=False
-        )
-        click.echo(f"{shared} shared, error {error}" + (f", {number(result.time_us)} us" if result.time_us else ""))
+        time = f", {number(result.time_us)} us" if result.time_us else ""
+        resources = f"{registers} registers, {spills} bytes spilled, {shared} shared, error {error}{time}"
+        print_text(f"{result.outcome}: {brief(result.config)}; {resources}", indent="  ")
         if result.detail:
             retry_note = " (a fault of the machine: tune tries it again)" if result.is_machine_fault else ""
-            click.echo(f"    {result.detail}{retry_note}")
+            print_text(f"    {result.detail}{retry_note}", indent="    ")
     if results:
         click.echo()
 

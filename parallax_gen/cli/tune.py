@@ -10,8 +10,16 @@ import click
 
 from parallax_gen.cli.devices import card_to_tune, devices_option
 from parallax_gen.cli.models import ModelArgs, confirm, model_options, print_plan
-from parallax_gen.cli.options import check_flags, flag_options, gpu_option, json_option, parse_head_dim, shape_option
-from parallax_gen.cli.text import console, print_json, print_tables
+from parallax_gen.cli.options import (
+    check_flags,
+    flag_options,
+    gpu_option,
+    json_option,
+    parse_head_dim,
+    print_bucket,
+    shape_option,
+)
+from parallax_gen.cli.text import console, print_json, print_tables, print_text
 from parallax_gen.describe import LEGEND
 from parallax_gen.errors import MachineError, MeasureError
 from parallax_gen.problem.spec import DTYPES
@@ -151,6 +159,8 @@ def tune(
     matches = functools.partial(matches_filters, ops=ops, head_dims=head_dims, dtypes=dtypes)
     ops = ("decode",) if grid else ops or DEFAULT_OPS
     check_flags(flags, ops)
+    for sizes in shapes:
+        print_bucket(sizes, ops)
     shapes_by_op = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
     dtypes = dtypes or ("bf16",)
     with children(devices, workers) as (measuring, compilers), Store() as store:
@@ -197,9 +207,10 @@ def tune(
         print_json(to_json(done, card, measure, store.path) | steps)
     else:
         print_tables(times_tables(times, "best us" if measure else "predicted us") if plan else job_tables(done))
-        click.echo(f"{LEGEND}\ndatabase: {store.path}")
+        print_text(LEGEND)
+        click.echo(f"database: {store.path}")
     if not measure:
-        click.echo("nothing was measured: these times are predicted, and dispatch does not use them", err=True)
+        print_text("nothing was measured: these times are predicted, and dispatch does not use them", err=True)
     if all(progress.best is None for progress in done):
         raise MeasureError("no config worked in any job: parallax-gen show says why each one failed")
 
@@ -211,7 +222,7 @@ def _tune_all(
     from parallax_gen.tuning.progress import ProgressView
 
     if not measure:
-        click.echo("no CUDA device here: compiling and ranking only, nothing will be measured (predicted)", err=True)
+        print_text("no CUDA device here: compiling and ranking only, nothing will be measured (predicted)", err=True)
     interrupt = Interrupt()
     view = ProgressView(
         console(stderr=True), len(jobs), trials, time_budget, after_update=interrupt.check, devices=devices
@@ -220,7 +231,7 @@ def _tune_all(
         with view, interrupt:
             return tuner.tune_all(jobs, trials=trials, time_budget_s=time_budget, watcher=view)
     except KeyboardInterrupt:
-        click.echo(f"stopped: all finished trials are stored in {path}; run again to continue", err=True)
+        print_text(f"stopped: all finished trials are stored in {path}; run again to continue", err=True)
         raise
     except MachineError as error:
         advice = "no config caused this, so it is not stored; once it is fixed, run again to continue"

@@ -26,6 +26,7 @@ from parallax_gen.memory.result import PROTOCOL, Outcome, Result, newest_toolcha
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, representative
 from parallax_gen.problem.spec import PUBLIC_OPS
@@ -143,16 +144,20 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
 
 @dataclass(frozen=True)
 class ListLine:
-    """One line of `parallax-gen list`: a result of a place, and how the place uses it.
+    """One line of `parallax-gen list`: a config at a place, and how the place uses it.
 
-    evidence  the evidence for the place's choice, if calls get this result; else why it is not used
-    checked   False if it is borrowed and a first call may still drop it: see memory/guard.py
+    result    None for a default without any result
+    evidence  the evidence for the place's choice, if calls get this config; else why it is not used
+    tier      of the place's choice; None for a result of `results_of_places`
     default   the comparable result of the default config; None if there is none, or calls do not get this result
+    checked   False if it is borrowed and a first call may still drop it: see memory/guard.py
     """
 
     place: Place
-    result: Result
+    config: KernelConfig
+    result: Result | None
     evidence: str
+    tier: Tier | None = None
     default: Result | None = None
     checked: bool = True
 
@@ -164,21 +169,26 @@ class ListLine:
     @property
     def gain(self) -> float | None:
         """The default's time divided by the result's."""
-        return gain(self.result, self.default)
+        return None if self.result is None else gain(self.result, self.default)
 
 
-def choices_of_places(results: list[Result], memory: RecordSource) -> list[ListLine]:
-    """The result that calls get at each place; if they get the default, the place's best result, marked as not used."""
-    lines = []
-    for place, group in groupby(results, key=lambda r: r.place):  # sorted: the best come first
-        choice, first = chosen(place, memory), next(group)
-        record = choice.candidate.record
-        if record is None:
-            lines.append(ListLine(place, first, "not used" if first.measured else "never measured"))
-        else:
-            default = comparable_default(record, default_of(place, card_of(place)), card_of(record.place), memory)
-            lines.append(ListLine(place, record, evidence_text(choice.candidate), default, choice.checked))
-    return lines
+def choices_of_places(places: Iterable[Place], memory: RecordSource) -> list[ListLine]:
+    """What calls get at each place; if they get the default, the place's best result, marked as not used."""
+    return [_line_of_choice(place, memory) for place in places]
+
+
+def _line_of_choice(place: Place, memory: RecordSource) -> ListLine:
+    choice = chosen(place, memory)
+    tier, record = choice.candidate.tier, choice.candidate.record
+    if record is not None:
+        default = comparable_default(record, default_of(place, card_of(place)), card_of(record.place), memory)
+        evidence = evidence_text(choice.candidate)
+        return ListLine(place, record.config, record, evidence, tier, default, choice.checked)
+    results = memory.results(place)  # sorted: the best come first
+    if not results:
+        return ListLine(place, choice.candidate.config, None, "no results", tier)
+    evidence = "not used" if results[0].measured else "never measured"
+    return ListLine(place, results[0].config, results[0], evidence, tier)
 
 
 def results_of_places(results: list[Result]) -> list[ListLine]:
@@ -192,7 +202,8 @@ def results_of_places(results: list[Result]) -> list[ListLine]:
             differences = differences_from_here(result)
             used = result.measured and ANOTHER_KERNEL not in differences
             timed_default = comparable_default(result, default, card, defaults) if used else None
-            lines.append(ListLine(place, result, ", ".join(differences) or AS_HERE, timed_default))
+            evidence = ", ".join(differences) or AS_HERE
+            lines.append(ListLine(place, result.config, result, evidence, default=timed_default))
     return lines
 
 

@@ -129,6 +129,11 @@ def has_kernel(op: str, spec: KernelSpec) -> bool:
     return spec.public_op == op
 
 
+def flag_concerns(flag: str, op: str, spec: KernelSpec) -> bool:
+    """Whether a flag that is asked of an op is asked of this kernel: those of TRAINING have some of its flags each."""
+    return op != TRAINING or has_flag(spec.public_op, flag)
+
+
 def usual_shapes(op: str, head_dims: tuple[int, ...] = ()) -> dict[int, tuple[Shape, ...]]:
     """The usual shapes of an op, or of TRAINING, by head_dim: those in `head_dims`, or all if it is empty."""
     if op in USUAL_SHAPES:

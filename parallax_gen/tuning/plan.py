@@ -20,8 +20,9 @@ from parallax_gen.memory.result import Result
 from parallax_gen.ops.base import KernelConfig, config_to_dict
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.models import Model, model_of
-from parallax_gen.problem.shapes import bucket_of
+from parallax_gen.problem.shapes import bucket_of, representative
 from parallax_gen.problem.steps import Call, Step
+from parallax_gen.problem.work import bound_us
 from parallax_gen.tuning.job import Job, Progress, weakest_first
 
 FINALS_S = 1.0  # after a job's time budget: its fastest configs are timed again
@@ -44,7 +45,7 @@ def read_model(path: Path, argument: str = "--model") -> Model:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a model on a card, and the kernel that a call of each place gets now.
+    """Steps on a card, and the kernel that a call of each place gets now.
 
     model  or the title of other steps
     """
@@ -56,6 +57,10 @@ class Plan:
 
     def place(self, call: Call) -> Place:
         return Place(self.gpu.name, call.spec, bucket_of(call.shape))
+
+    def bound_us(self, call: Call) -> float:
+        """The roofline bound of a launch at the place's sizes."""
+        return bound_us(call.spec, representative(self.place(call).bucket, call.spec.group), self.gpu)
 
     @cached_property
     def jobs(self) -> list[Job]:
@@ -114,7 +119,8 @@ class CallTimes:
     """The config of a kernel, and the times of one launch with it and with the default; None for an unknown time.
 
     Times are those of the place's bucket, which stands for the call's sizes.
-    note  where the config comes from, or how its trials ended
+    note      where the config comes from, or how its trials ended
+    bound_us  the least time that the card's peak rates allow, at the place's sizes
     """
 
     call: Call
@@ -122,6 +128,7 @@ class CallTimes:
     time_us: float | None
     default_us: float | None
     note: str
+    bound_us: float
 
     @property
     def gain(self) -> float | None:
@@ -149,6 +156,10 @@ class StepTimes:
         return self._sum([line.default_us for line in self.lines])
 
     @property
+    def bound_us(self) -> float:
+        return sum(line.bound_us * line.call.count for line in self.lines)
+
+    @property
     def gain(self) -> float | None:
         return self.default_us / self.time_us if self.default_us and self.time_us else None
 
@@ -169,12 +180,14 @@ class StepTimes:
                     "from": line.note,
                     "time_us": line.time_us,
                     "default_us": line.default_us,
+                    "bound_us": line.bound_us,
                     "gain": line.gain,
                 }
                 for line in self.lines
             ],
             "time_us": self.time_us,
             "default_us": self.default_us,
+            "bound_us": self.bound_us,
             "gain": self.gain,
         }
 
@@ -186,9 +199,9 @@ def times_after_tune(plan: Plan, done: Sequence[Progress], memory: RecordSource)
     def times(call: Call) -> CallTimes:
         result = best.get(plan.place(call))
         if result is None:
-            return CallTimes(call, None, None, None, "no config worked")
+            return CallTimes(call, None, None, None, "no config worked", plan.bound_us(call))
         default_us = _default_us(result, plan.gpu, memory)
-        return CallTimes(call, result.config, result.time_us, default_us, result.outcome.value)
+        return CallTimes(call, result.config, result.time_us, default_us, result.outcome.value, plan.bound_us(call))
 
     return _times(plan, times)
 
@@ -204,7 +217,7 @@ def times_of_choices(plan: Plan, memory: RecordSource) -> list[StepTimes]:
         record = candidate.record
         time_us = record.time_us if record else None
         default_us = _default_us(record, GPUS.get(record.place.gpu, plan.gpu), memory) if record else None
-        return CallTimes(call, candidate.config, time_us, default_us, candidate.tier.text)
+        return CallTimes(call, candidate.config, time_us, default_us, candidate.tier.text, plan.bound_us(call))
 
     return _times(plan, times)
 

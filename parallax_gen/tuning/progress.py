@@ -115,7 +115,8 @@ class ProgressView:
         outcomes = format_counts(progress.outcomes) or "no config left to try"
         if progress.other_tuners:
             outcomes += f", and {progress.other_tuners} by other tuners"
-        self._print(f"{prefix}{progress.done} trials in {progress.seconds:.0f} s: {outcomes}; {best_text(progress)}")
+        trials = f"{progress.done} trial{'s' * (progress.done != 1)}"
+        self._print(f"{prefix}{trials} in {progress.seconds:.0f} s: {outcomes}; {best_text(progress)}")
         if self._live is None and self._left.ended < self._left.jobs:
             self._print(self._all_jobs())
 
@@ -127,7 +128,7 @@ class ProgressView:
         return "  " if len(self._running) < 2 else f"  [{running.number}] "
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True)
+        self._console.print(line, soft_wrap=not self._console.is_terminal)
 
     def _panel(self) -> Group:
         """The live panel, redrawn several times a second so that the time left counts down."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,10 @@ from parallax_gen.ops.base import config_to_dict
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import rate, rate_unit
+from parallax_gen.tables import Table
 from parallax_gen.tuning.calls import CallsPlan
 from parallax_gen.tuning.job import Progress
 from parallax_gen.tuning.plan import CallTimes, Plan, StepTimes
-
-
-@dataclass(frozen=True)
-class Table:
-    """right: the columns that are aligned right"""
-
-    title: str
-    columns: tuple[str, ...]
-    lines: list[tuple[str, ...]]
-    right: tuple[str, ...]
 
 
 def plan_table(plan: Plan) -> Table:
@@ -45,26 +35,43 @@ def plan_table(plan: Plan) -> Table:
     return Table("", (*columns, "step"), lines, columns[1:4])
 
 
-def times_tables(times: Iterable[StepTimes], time_name: str, *, with_source: bool = False) -> list[Table]:
-    """For each step, each kernel's time and its default's, and the sum of all calls of the step.
-
-    with_source: before each config also where it comes from, in the last column, which folds
-    """
+def times_tables(times: Iterable[StepTimes], time_name: str) -> list[Table]:
+    """For each step, each kernel's time and its default's, and the sum of all calls of the step."""
     columns = ("kernel", "seqlen", "calls", "default us", time_name, "gain", "config")
     tables = []
     for step in times:
-        lines = [_times_line(line, with_source) for line in step.lines]
-        total = _cells(step.count, step.default_us, step.time_us, step.gain)
-        lines.append(("sum", "", *total, ""))
+        lines = [(*_kernel_cells(line), brief(line.config) if line.config else line.note) for line in step.lines]
+        lines.append(("sum", "", *_cells(step.count, step.default_us, step.time_us, step.gain), ""))
         tables.append(Table(f"{step.step.name}: {step.step.detail}", columns, lines, columns[1:6]))
     return tables
 
 
-def _times_line(line: CallTimes, with_source: bool) -> tuple[str, ...]:
+CHOICES_LEGEND = (
+    "us: of one launch at the bucket's sizes, - if no record has it; bound: the least that the card's peak FLOP/s and "
+    "bandwidth allow; from: measured here, by another toolchain (Triton or ptxas), on a sibling card of the same "
+    "compute capability, at a near bucket, or the default, for which there is no record;"
+)
+
+
+def choices_tables(times: Iterable[StepTimes]) -> list[Table]:
+    """For each step, the config that each kernel gets now and where it comes from, its time, its default's and its
+    bound, and the sums of all calls of the step."""
+    columns = ("kernel", "seqlen", "calls", "default us", "us", "gain", "bound us", "from", "config")
+    tables = []
+    for step in times:
+        lines = [
+            (*_kernel_cells(line), number(line.bound_us), line.note, brief(line.config) if line.config else "")
+            for line in step.lines
+        ]
+        total = _cells(step.count, step.default_us, step.time_us, step.gain)
+        lines.append(("sum", "", *total, number(step.bound_us), "", ""))
+        tables.append(Table(f"{step.step.name}: {step.step.detail}", columns, lines, columns[1:7]))
+    return tables
+
+
+def _kernel_cells(line: CallTimes) -> tuple[str, ...]:
     times = _cells(line.call.count, line.default_us, line.time_us, line.gain)
-    config = brief(line.config) if line.config else line.note
-    source = f"{line.note}: " if with_source and line.config else ""
-    return line.call.spec.public_op, seqlen_text(line.call.shape), *times, source + config
+    return line.call.spec.public_op, seqlen_text(line.call.shape), *times
 
 
 def _cells(count: int, default_us: float | None, time_us: float | None, gain: float | None) -> tuple[str, ...]:

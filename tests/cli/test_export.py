@@ -69,8 +69,8 @@ def test_render_of_every_op_and_width(op: str) -> None:
     [
         ("{", 2, "not JSON"),
         ("[1]", 2, "not an object"),
-        ("{}", 1, "error: a decode config has the fields"),
-        (config_to_json(dataclasses.replace(config(2), BLOCK_N=7)), 1, "BLOCK_N is 7"),
+        ("{}", 2, "error: a decode config has the fields"),
+        (config_to_json(dataclasses.replace(config(2), BLOCK_N=7)), 2, "BLOCK_N is 7"),
     ],
 )
 def test_render_refuses_an_invalid_config(text: str, status: int, message: str) -> None:
@@ -100,7 +100,7 @@ def test_export_of_every_known_bucket(store: Store, tmp_path: Path) -> None:
         make_record(1.0, "predicted", place=dataclasses.replace(PLACE, bucket=Bucket(1, 1, 128))),
     ):
         store.save(result)
-    result = run(*EXPORT, tmp_path)
+    result = run(*EXPORT, tmp_path, "--all")
     assert result.exit_code == 0, result.output
     names = ["README.md", FILE, "decode_d128_bf16_g4_rows8_kv16384.py"]
     assert sorted(p.name for p in tmp_path.glob("*.*") if p.suffix != ".db" and "db-" not in p.name) == names
@@ -150,7 +150,7 @@ def test_export_of_a_kernel_with_a_window(store: Store, tmp_path: Path) -> None:
         DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, window=False), bucket=Bucket(16, 512, 512)
     )
     store.save(dkdv_record(place=whole))
-    call = ("export", *DKDV_CALL[:6], "-o")
+    call = ("export", *DKDV_CALL[:6], "--all", "-o")
     assert run(*call, tmp_path / "a", *DKDV_CALL[6:8]).exit_code == 0
     name = "dkdv_d96_bf16_g4_causal_window_rows16_q4096_kv4096_w512.py"
     files = sorted(p.name for p in (tmp_path / "a").glob("*.py"))
@@ -183,7 +183,8 @@ def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: P
     store.save(make_record(100.0, splits=1, evidence_changes=old))
     store.save(make_record(120.0, splits=2, evidence_changes=new, created_at="2026-03-01T00:00:00+00:00"))
     store.save(make_record(10.0, splits=4, evidence_changes=OTHER_KERNEL))
-    result = run(*EXPORT, tmp_path / "out")
+    export = (*EXPORT, tmp_path / "out", "--all")
+    result = run(*export)
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(2), H200).text
     unchecked = "not checked here: the file launches it even if it spills far more than the default"
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -191,9 +192,9 @@ def test_export_prefers_this_toolchain_then_the_newest(store: Store, tmp_path: P
         assert f"; triton 3.4 (here {minor(Toolchain.here().triton)}); {unchecked}" in text
         assert "not yet checked" not in text  # an exported file has no check
     cache_resources(render(SPEC, config(2), H200), H200, Resources(168, 0, 1000))
-    assert unchecked not in run(*EXPORT, tmp_path / "out").stdout
+    assert unchecked not in run(*export).stdout
     store.save(make_record(150.0, splits=3))
-    run(*EXPORT, tmp_path / "out")
+    run(*export)
     assert (tmp_path / "out" / FILE).read_text(encoding="utf-8") == render(SPEC, config(3), H200).text
 
 
@@ -210,13 +211,13 @@ def test_export_of_a_sibling_cards_record(store: Store, tmp_path: Path) -> None:
 def test_export_skips_a_record_of_another_kernel(store: Store, tmp_path: Path) -> None:
     store.save(make_record(10.0, splits=4, evidence_changes=OTHER_KERNEL))
     assert "the default config" in run(*EXPORT, tmp_path / "out", "--shape", "32,32/8,8192").stdout
-    run(*EXPORT, tmp_path / "all")
+    run(*EXPORT, tmp_path / "all", "--all")
     assert FILE not in [path.name for path in (tmp_path / "all").glob("*.py")]  # nor does its bucket count as known
 
 
 def test_export_marks_shipped_records(tmp_path: Path) -> None:
     write_shipped([make_record(200.0)], "h200")
-    assert "a shipped record" in run(*EXPORT, tmp_path / "out").stdout
+    assert "a shipped record" in run(*EXPORT, tmp_path / "out", "--all").stdout
 
 
 def test_a_later_export_keeps_the_readme_entries_of_other_files(tmp_path: Path) -> None:

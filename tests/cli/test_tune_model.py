@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from cli_samples import H200, run, run_json
 
@@ -117,7 +118,7 @@ def test_tensor_parallel_ranks_have_fewer_heads(fake_h200: None, store: Store, m
     assert buckets == {"forward": 1, "preprocess": 4, "dkdv": 1, "dqdr": 1}
     refused = run("tune", "--model", model, "--tp", "3")
     assert (refused.exit_code, refused.stderr) == (
-        1,
+        2,
         "error: tp: got 3; allowed: a divisor of the model's 2 kv heads\n",
     )
 
@@ -165,11 +166,25 @@ def test_it_asks_above_ten_minutes(fake_h200: None, store: Store, model: Path, m
     refused = asking("--model", model, *LONG, answer="n\n", monkeypatch=monkeypatch)
     assert refused.exit_code == 1
     assert "4 jobs on 1 device: 14 min at most" in refused.stderr
-    assert refused.stderr.rstrip().endswith("Begin? [Y/n]: n\nAborted!")
+    assert refused.stderr.rstrip().endswith("Begin? [Y/n]: n\nerror: not confirmed, so nothing was done")
     assert store.all() == []
     agreed = asking("--model", model, *LONG, answer="\n", monkeypatch=monkeypatch)
     assert agreed.exit_code == 0
     assert store.all() != []
+
+
+def test_ctrl_c_at_the_question(fake_h200: None, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        """Do as click.confirm does."""
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise click.Abort from None
+
+    monkeypatch.setattr("click.confirm", interrupted)
+    stopped = asking("--model", model, *LONG, answer="", monkeypatch=monkeypatch)
+    assert stopped.exit_code == 130
+    assert "error:" not in stopped.stderr
 
 
 def test_where_nobody_can_answer_it_needs_yes(fake_h200: None, store: Store, model: Path) -> None:
@@ -242,7 +257,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path, store: Store) ->
     }
     for name, message in expected.items():
         result = run("tune", "--gpu", "h200", "--model", tmp_path / name)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert message in result.stderr
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1

@@ -1,0 +1,100 @@
+"""The kernels that `parallax-gen export` writes, and where their configs come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallax_gen.codegen.exported import read_sections, section, write_sections
+from parallax_gen.codegen.render import KernelSource, render
+from parallax_gen.describe import time_and_rate
+from parallax_gen.errors import ParallaxGenError
+from parallax_gen.memory.descriptions import Origins, differences_from_here, shape_of
+from parallax_gen.memory.guard import CheckedChoice, checked_choice
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.shipped import Memory
+from parallax_gen.ops.base import KernelConfig, config_to_dict, op_of
+from parallax_gen.problem.hardware import Gpu
+
+# A call of this package first compiles a borrowed kernel and may reject it. An exported file has no such check.
+NOT_CHECKED = "not checked here: the file launches it even if it spills far more than the default"
+
+
+@dataclass(frozen=True)
+class ExportedKernel:
+    """A kernel to export: its place and config, and a sentence that says where the config comes from."""
+
+    place: Place
+    config: KernelConfig
+    provenance: str
+
+    def file_name(self, source: KernelSource) -> str:
+        """An importable module name, such as decode_d128_bf16_g4_rows256_kv8192.py."""
+        bucket = self.place.bucket
+        lengths = op_of(self.place.spec).bucket_suffix(self.place.spec, bucket)
+        window = f"_w{bucket.window}" if bucket.window else ""
+        return f"{source.name}_rows{bucket.kv_rows}{lengths}{window}.py"
+
+    def to_json(self, path: Path) -> dict[str, Any]:
+        return {
+            "file": str(path),
+            "spec": self.place.spec.to_dict(),
+            "bucket": self.place.bucket.to_dict(),
+            "config": config_to_dict(self.config),
+            "from": self.provenance,
+        }
+
+
+def kernels_at(places: Iterable[Place], gpu: Gpu, memory: Memory) -> list[ExportedKernel]:
+    """The kernel that calls get at each place, each place once."""
+    origins = Origins(memory)
+    return [_exported(place, checked_choice(place, gpu, memory), origins) for place in dict.fromkeys(places)]
+
+
+def known_places(memory: Memory, gpu: Gpu, matches: Callable[[Place], bool]) -> list[Place]:
+    """The places with a measured record that calls use."""
+    places = dict.fromkeys(r.place for r in memory.all(gpu.name) if r.measured and matches(r.place))
+    return [place for place in places if checked_choice(place, gpu, memory).candidate.record]
+
+
+def write_kernels(kernels: Iterable[ExportedKernel], gpu: Gpu, folder: Path) -> list[tuple[Path, ExportedKernel]]:
+    """Write each kernel to a file, and the folder's README.md. Raises ParallaxGenError if the folder is not usable."""
+    readme = folder / "README.md"
+    sections = read_sections(readme)
+    written: list[tuple[Path, ExportedKernel]] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kernel in kernels:
+            place = kernel.place
+            source = render(place.spec, kernel.config, gpu)
+            path = folder / kernel.file_name(source)
+            path.write_text(source.text, encoding="utf-8")
+            sections[path.name] = section(source.text, f"{place.spec}; {place.bucket}", gpu.title, kernel.provenance)
+            written.append((path, kernel))
+        write_sections(readme, sections)
+    except OSError as error:
+        raise ParallaxGenError(f"cannot write to {folder}: {error}") from error
+    return written
+
+
+def _exported(place: Place, choice: CheckedChoice, origins: Origins) -> ExportedKernel:
+    config, record = choice.candidate.config, choice.candidate.record
+    if record is None:
+        reason = ", not measured: no record can be used"
+        if choice.refused:
+            reason = ": every borrowed kernel spills too much, does not fit or does not compile here"
+        return ExportedKernel(place, config, f"the default config{reason}")
+    assert record.time_us is not None
+    owner = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]
+    if record.place != place:
+        owner += f", measured on {record.place.gpu}"
+        owner += f" at {record.place.bucket}" if record.place.bucket != place.bucket else ""
+    timed = f"{time_and_rate(place.spec, shape_of(record), record.time_us)} at {shape_of(record)}"
+    parts = [owner, record.source, record.created_at, timed]
+    if differences := differences_from_here(record):
+        parts.append(", ".join(differences))
+    if not choice.checked:
+        parts.append(NOT_CHECKED)
+    return ExportedKernel(place, config, "; ".join(part for part in parts if part))
