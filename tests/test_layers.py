@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "distributed": BELOW | {"problem", "ops", "codegen", "oracle", "memory", "runtime"},
     "integrations": BELOW | {"problem", "oracle", "runtime"},
     "compat": {"integrations"},
-    "api": BELOW | {"problem", "describe", "ops", "codegen", "memory", "tuning", "runtime"},
+    "api": BELOW | {"problem", "describe", "tables", "ops", "codegen", "memory", "tuning", "runtime"},
     "bench": BELOW | {"problem", "ops", "describe", "codegen", "oracle", "memory", "tuning", "runtime"},
     "report": BELOW | {"problem", "ops", "describe", "tables", "codegen", "memory", "tuning", "bench"},
     "cli": BELOW

@@ -21,9 +21,9 @@ from parallax_gen.problem.hardware import Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import RuntimeMemory, choose, default_dispatcher
+from parallax_gen.tables import Table
 from parallax_gen.tuning.compile_ahead import compile_ahead
 from parallax_gen.tuning.progress import CompileProgress, progress_console
-from parallax_gen.tuning.summary import Table
 from parallax_gen.tuning.workers.messages import KernelInstance, Reply
 
 if TYPE_CHECKING:
