@@ -59,7 +59,9 @@ def config(splits: int) -> DecodeConfig:
 
 
 def dkdv_config(stages: int = 2) -> DkDvConfig:
-    return DkDvConfig(64, 128, 4, 8, num_stages=stages, HEAD_DIM_LAYOUT="chunked", QR_TILE="stacked")
+    return DkDvConfig(
+        64, 128, 4, 8, num_stages=stages, HEAD_DIM_LAYOUT="chunked", LOADS="descriptors", QR_TILE="stacked"
+    )
 
 
 def make_record(

@@ -89,7 +89,7 @@ def test_explain_a_training_step(store: Store) -> None:
     assert " ".join(columns.split()) == "kernel seqlen calls default us us gain bound us from config"
     dkdv = next(line for line in lines if line.startswith("dkdv"))
     assert dkdv.split()[:6] == ["dkdv", "4096", "W513", "1", "300.0", "150.0"]
-    assert dkdv.endswith("measured here  M64 N128 G4 w8 s2 chunk qr")
+    assert dkdv.endswith("measured here  M64 N128 G4 w8 s2 chunk tma qr")
     assert next(line for line in lines if line.startswith("sum")).split()[:5] == ["sum", "4", "1000", "850.0", "1.18x"]
 
 

@@ -140,7 +140,9 @@ def test_explain_a_record_of_another_kernel(store: Store) -> None:
 
 
 def test_explain_a_search_older_than_a_knob_of_the_default(store: Store) -> None:
-    before = DkDvConfig(64, 128, GROUP_HEADS=4, num_warps=8, num_stages=2)  # whose HEAD_DIM_LAYOUT is "native"
+    before = DkDvConfig(
+        64, 128, GROUP_HEADS=4, num_warps=8, num_stages=2, LOADS="descriptors"
+    )  # whose HEAD_DIM_LAYOUT is "native"
     place = dataclasses.replace(DKDV_PLACE, spec=dataclasses.replace(DKDV_SPEC, head_dim=128))
     call = [*DKDV_CALL[:4], "--head-dim", "128", *DKDV_CALL[6:]]
     default = default_config(place.spec, Shape(2, 32, 8, 4096, 4096, 512), H200)

@@ -159,7 +159,7 @@ def test_list_of_kernels_with_flags_and_without(store: Store) -> None:
     kernel = "h200: dkdv, head_dim 96, bf16, GQA 4:1, "
     assert sorted(titles) == [f"{kernel}{flags}" for flags in ("causal", "window", "window, varlen")]
     assert "4096 W512" in text
-    assert "M64 N128 G4 w8 s2 chunk qr  measured" in text
+    assert "M64 N128 G4 w8 s2 chunk tma qr  measured" in text
     assert run_json("list")["records"][0]["rate_unit"] == "TFLOP/s"
 
 
@@ -211,7 +211,7 @@ def test_show_of_a_kernel_with_a_window(store: Store) -> None:
     text = run("show", *DKDV_CALL).stdout
     kernel, bucket = "dkdv, head_dim 96, bf16, GQA 4:1, window", "batch x kv_heads 16, seqlen 4096, window 512"
     assert text.startswith(f"h200: {kernel}; {bucket}\n")
-    assert "M64 N128 G4 w8 s2 chunk qr  measured" in text
+    assert "M64 N128 G4 w8 s2 chunk tma qr  measured" in text
     assert "crash: M64 N128 G4 w8 s3 chunk" in text
     result = run_json("show", *DKDV_CALL)
     assert len(result["results"]) == 2
