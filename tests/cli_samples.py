@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -116,11 +117,12 @@ def run_json(*arguments: object) -> Any:
 
 
 def start_python(*command: object) -> subprocess.Popen[str]:
-    """Start Python in a child process with this package on its path."""
+    """Start Python in a child process with this package on its path, and pipes without a width, as in `run`."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
         cwd=Path(parallax_gen.__file__).parents[1],
+        env={name: value for name, value in os.environ.items() if name != "COLUMNS"},
     )

@@ -93,7 +93,7 @@ def test_stats_as_a_table(store: Store) -> None:
     store.save(make_record(place=dataclasses.replace(PLACE, gpu="nvidia-h100-80gb-hbm3-mig-1g-10gb-16sm")))
     out = run("db", "stats", env={"COLUMNS": "80"}).stdout
     assert max(map(len, out.splitlines()[1:])) <= 80
-    assert out.startswith(f"{store.path}: 7 rows, ")
+    assert " ".join(out.split()).startswith(f"{store.path}: 7 rows, ")  # folded after a long path
     assert "decode     4  2 ok, 1 predicted, 1 wrong" in out
     here = f"Triton {Toolchain.here().triton}, ptxas {Toolchain.here().cuda} (this one)"
     assert here in " ".join(out.split())
