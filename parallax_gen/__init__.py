@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from parallax_gen import nn
     from parallax_gen.api.first_calls import tune_first_calls
+    from parallax_gen.api.lock import lock
     from parallax_gen.api.prepare import prepare
     from parallax_gen.api.tune import tune
     from parallax_gen.problem.shapes import Shape
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
     from parallax_gen.runtime.graphed import GraphedDecode
     from parallax_gen.runtime.kvcache import kvcache_workspace_size, parallax_attn_with_kvcache
+    from parallax_gen.runtime.locking import use_lock
     from parallax_gen.runtime.recording import record
     from parallax_gen.runtime.states import State, merge_states
 
@@ -34,6 +36,7 @@ __all__ = [
     "State",
     "__version__",
     "kvcache_workspace_size",
+    "lock",
     "merge_states",
     "nn",
     "parallax_attn_func",
@@ -43,6 +46,7 @@ __all__ = [
     "record",
     "tune",
     "tune_first_calls",
+    "use_lock",
 ]
 
 logging.getLogger(__name__).addHandler(
@@ -57,10 +61,12 @@ _HOMES = {
     "GraphedDecode": "parallax_gen.runtime.graphed",
     "KernelSpec": "parallax_gen.problem.spec",
     "Shape": "parallax_gen.problem.shapes",
+    "lock": "parallax_gen.api.lock",
     "prepare": "parallax_gen.api.prepare",
     "record": "parallax_gen.runtime.recording",
     "tune": "parallax_gen.api.tune",
     "tune_first_calls": "parallax_gen.api.first_calls",
+    "use_lock": "parallax_gen.runtime.locking",
     "State": "parallax_gen.runtime.states",
     "merge_states": "parallax_gen.runtime.states",
 }

@@ -1,4 +1,4 @@
-"""Environment variables: those that switch something on or off, and the file that calls are recorded in."""
+"""Environment variables: those that switch something on or off, and those that name files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ STRICT = "PARALLAX_GEN_STRICT"  # raise an error for a kernel that was not measu
 QUIET = "PARALLAX_GEN_QUIET"  # do not warn about such a kernel
 SWITCHES = (STRICT, QUIET)
 RECORD = "PARALLAX_GEN_RECORD"  # a file
+LOCK = "PARALLAX_GEN_LOCK"  # a file: see memory/lock.py
+LOCK_MISSING = "PARALLAX_GEN_LOCK_MISSING"  # what a call gets that is not in it
 
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 

@@ -81,6 +81,10 @@ class DistributedError(ParallaxGenError):
     """The ranks of a process group disagree on something that must be the same on all of them."""
 
 
+class LockError(ParallaxGenError):
+    """A lock does not have a call's kernel, or this process cannot run the kernel that it has."""
+
+
 class UntunedError(ParallaxGenError):
     """A call's kernel was not measured on this GPU with this Triton, and PARALLAX_GEN_STRICT allows no other."""
 

@@ -33,6 +33,7 @@ from parallax_gen.codegen.fingerprint import below_header, fingerprint
 from parallax_gen.codegen.render import render
 from parallax_gen.describe import brief
 from parallax_gen.errors import ArgumentError, ConfigError
+from parallax_gen.memory.commands import tune_command
 from parallax_gen.memory.lines import from_line, read_file, to_line
 from parallax_gen.memory.old import TODAYS_NAMES, TODAYS_VALUES, config_of_record
 from parallax_gen.memory.place import Place
@@ -58,7 +59,6 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
-from parallax_gen.runtime.dispatch import tune_command
 from parallax_gen.runtime.export import ExportedKernel
 from parallax_gen.tuning.claims import SharedClaims
 from parallax_gen.tuning.job import Job, program_key

@@ -14,8 +14,9 @@ from parallax_gen.codegen import device
 from parallax_gen.describe import LEGEND, brief, format_counts, number, seqlen_text
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.guard import NOT_BORROWED, launch_candidates
+from parallax_gen.memory.lock import Lock
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import RecordSource, Tier, default_of
+from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, default_of
 from parallax_gen.ops.base import KernelConfig, config_to_dict
 from parallax_gen.problem.hardware import Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape, bucket_of
@@ -35,11 +36,12 @@ if TYPE_CHECKING:
 class PreparedKernel:
     """A kernel at a shape, and the config that its calls get.
 
-    tier     where the config comes from; its `text` says it in words
+    tier     where the config comes from; its `text` says it in words. The default's for a locked kernel
     checked  False if only a first call can decide: the config is borrowed, and the card is not here
     time_us  of the record that the config comes from, in its bucket; None for the default config
     seconds  how long it took to compile, with the rivals that it was checked against
     problem  why it did not compile; "" if it did
+    locked   a lock has the config
     """
 
     spec: KernelSpec
@@ -50,11 +52,17 @@ class PreparedKernel:
     time_us: float | None
     seconds: float
     problem: str = ""
+    locked: bool = False
+
+    @property
+    def source(self) -> str:
+        """Where the config comes from, for people."""
+        return Candidate(self.tier, self.config, None, self.locked).source
 
     def to_json(self) -> dict[str, Any]:
         parts = {"spec": self.spec.to_dict(), "shape": self.shape.to_dict(), "config": config_to_dict(self.config)}
         others = ("checked", "time_us", "seconds", "problem")
-        return parts | {"tier": self.tier.text} | {name: getattr(self, name) for name in others}
+        return parts | {"tier": self.source} | {name: getattr(self, name) for name in others}
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +80,7 @@ class Prepared:
     @property
     def tiers(self) -> Counter[str]:
         """How many kernels have their config from each tier."""
-        return Counter(kernel.tier.text for kernel in self.kernels)
+        return Counter(kernel.source for kernel in self.kernels)
 
     def to_json(self) -> dict[str, Any]:
         return {"gpu": self.gpu, "kernels": [kernel.to_json() for kernel in self.kernels]}
@@ -108,8 +116,9 @@ def prepare(
     with these sizes and contiguous tensors; calls with others compile theirs at first, if Triton specialises them
     otherwise. Borrowed configs are checked, as a first call would. Nothing is measured, and nothing is launched.
 
-    Raises ArgumentError, UnknownGpuError, MachineError if the machine is at fault, and UntunedError if
-    PARALLAX_GEN_STRICT is on and a kernel was not measured here. A kernel that does not compile is only noted.
+    Raises ArgumentError, UnknownGpuError, MachineError if the machine is at fault, UntunedError if PARALLAX_GEN_STRICT
+    is on and a kernel was not measured here, and LockError if a lock refuses a kernel, before any is compiled. A kernel
+    that does not compile is only noted.
     """
     only_one(model=model, kernels=kernels)
     check_count("workers", workers)
@@ -121,21 +130,30 @@ def prepare(
     is_here = here is not None and here.name == card.name
     with ExitStack() as stack:
         memory = default_dispatcher().memory if is_here else stack.enter_context(closing(RuntimeMemory()))
-        instances = {kernel: _instances(*kernel, card, memory) for kernel in target.kernels}
+        lock = default_dispatcher().lock
+        instances = {kernel: _instances(*kernel, card, memory, lock) for kernel in target.kernels}
         to_compile = [instance for group in instances.values() for instance in group]
         with CompileProgress(progress_console(quiet=not progress), len(to_compile)) as view:
             replies = dict(zip(to_compile, compile_ahead(to_compile, workers, view.advance), strict=True))
         prepared = []
         for (spec, shape), group in instances.items():
             # On this card the choice is the dispatcher's, which loads the kernel and checks a borrowed one.
-            choice = default_dispatcher().kernel(spec, shape, card)[0] if is_here else choose(spec, shape, card, memory)
+            choice = (
+                default_dispatcher().kernel(spec, shape, card)[0]
+                if is_here
+                else choose(spec, shape, card, memory, lock=lock)
+            )
             prepared.append(_prepared(spec, shape, choice, {i.config: replies[i] for i in group}))
     return Prepared(target.title, card.name, prepared)
 
 
-def _instances(spec: KernelSpec, shape: Shape, card: Gpu, memory: RecordSource) -> list[KernelInstance]:
-    """The kernels that a call may get: the best, or borrowed ones and the default, which they are checked against."""
+def _instances(
+    spec: KernelSpec, shape: Shape, card: Gpu, memory: RecordSource, lock: Lock | None
+) -> list[KernelInstance]:
+    """The kernels that a call may get: the locked one, the best, or borrowed ones and the default for their check."""
     place = Place(card.name, spec, bucket_of(shape))
+    if lock is not None:
+        return [KernelInstance(spec, lock.candidate(place, card).config, shape, card)]
     configs = [candidate.config for candidate in launch_candidates(place, card, memory)]
     best = next(launch_candidates(place, card, memory))
     if best.tier not in NOT_BORROWED:
@@ -156,12 +174,13 @@ def _prepared(
         None if record is None else record.time_us,
         sum(reply.seconds for reply in replies.values()),
         reply.detail if reply is not None and reply.outcome.failed else "",
+        choice.candidate.locked,
     )
 
 
 def _line(kernel: PreparedKernel) -> tuple[str, ...]:
     bucket = bucket_of(kernel.shape)
-    source = kernel.tier.text if kernel.checked else f"{kernel.tier.text}*"
+    source = kernel.source if kernel.checked else f"{kernel.source}*"
     seconds = "failed" if kernel.problem else f"{kernel.seconds:.1f}"
     sizes = str(bucket.kv_rows), seqlen_text(kernel.shape), "-" if kernel.time_us is None else number(kernel.time_us)
     return kernel.spec.public_op, *sizes, seconds, source, brief(kernel.config)

@@ -10,6 +10,7 @@ import triton
 import parallax_gen
 from parallax_gen.bench.rows import Conditions, Effort
 from parallax_gen.codegen.render import render
+from parallax_gen.memory.lock import lock_of_environment
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -36,5 +37,7 @@ def our_kernels(op: str, spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memor
     kernels = [(spec, shape)]
     if op == TRAINING:
         kernels = [(spec.for_op(kernel), sizes_for(kernel, shape, NO_FLAGS)) for kernel in STEP]
-    sources = [render(kernel, choose(kernel, sizes, gpu, memory).config, gpu).sha256 for kernel, sizes in kernels]
+    lock = lock_of_environment()
+    configs = [choose(kernel, sizes, gpu, memory, lock=lock).config for kernel, sizes in kernels]
+    sources = [render(kernel, config, gpu).sha256 for (kernel, _), config in zip(kernels, configs, strict=True)]
     return f"kernels {hashlib.sha256(''.join(sources).encode()).hexdigest()[:8]}"

@@ -24,6 +24,7 @@ COMMANDS = {
     "list": "parallax_gen.cli.listing:list_known",
     "show": "parallax_gen.cli.show:show",
     "explain": "parallax_gen.cli.explain:explain",
+    "lock": "parallax_gen.cli.lock:lock",
     "render": "parallax_gen.cli.render:render_kernel",
     "export": "parallax_gen.cli.export:export",
     "bench": "parallax_gen.cli.bench:bench",

@@ -35,6 +35,8 @@ def explain(
     same compute capability, or the default); the runners-up; results that were only predicted; and measured results
     that are not used.
 
+    With PARALLAX_GEN_LOCK it says what calls get under the lock, and fails where they would.
+
     With --op training or --model, shows a table of each step: the config of each kernel and where it comes from, its
     time where it is known, the sum of all calls, and how these compare with the defaults and with the card's limits.
 
@@ -44,6 +46,7 @@ def explain(
       parallax-gen explain --gpu h200 --op training --shape 8,16,4096
     """
     from parallax_gen.memory.descriptions import Origins, open_memory
+    from parallax_gen.memory.lock import lock_of_environment
     from parallax_gen.runtime.explain import explanation_of, to_json
 
     kernels = asked(model, requested, [shape] if shape else [])
@@ -54,7 +57,7 @@ def explain(
     (call,) = kernels.calls
     memory = open_memory()
     origins = Origins(memory)
-    explanation = explanation_of(call.spec, call.shape, card, memory, origins)
+    explanation = explanation_of(call.spec, call.shape, card, memory, origins, lock_of_environment())
     if as_json:
         print_json(to_json(explanation, origins))
     else:
@@ -63,32 +66,39 @@ def explain(
 
 def _explain_steps(kernels: Asked, card: Gpu, as_json: bool) -> None:
     from parallax_gen.memory.descriptions import open_memory
+    from parallax_gen.memory.lock import lock_of_environment, lock_text
     from parallax_gen.tuning.plan import plan_of, times_of_choices
     from parallax_gen.tuning.summary import CHOICES_LEGEND, choices_tables
 
-    memory = open_memory()
-    times = times_of_choices(plan_of(kernels.title, kernels.steps, card, memory), memory)
+    memory, lock = open_memory(), lock_of_environment()
+    times = times_of_choices(plan_of(kernels.title, kernels.steps, card, memory, lock), memory)
     if as_json:
-        print_json({"gpu": card.name, "model": kernels.title, "steps": [step.to_json() for step in times]})
+        steps = [step.to_json() for step in times]
+        print_json({"gpu": card.name, "model": kernels.title, "lock": lock and str(lock.path), "steps": steps})
         return
     print_text(f"{kernels.title}; on {card.name}")
     click.echo()
     print_tables(choices_tables(times))
     print_text(CHOICES_LEGEND)
     print_text(LEGEND)
+    print_text(lock_text(lock))
 
 
 def _print(explanation: Explanation, origins: Origins) -> None:
     from parallax_gen.memory.descriptions import NOT_CHECKED, evidence_text
+    from parallax_gen.memory.lock import lock_text
 
     place, record = explanation.choice.place, explanation.choice.record
     lines = {
         "call": f"{explanation.spec}; {explanation.shape}; on {place.gpu}",
         "bucket": str(place.bucket),
+        "lock": lock_text(explanation.lock),
         "config": describe(explanation.choice.config),
         "file": str(explanation.file),
         "from": f"the default config: {explanation.reason}",
     }
+    if explanation.choice.candidate.locked:
+        lines["from"] = f"the lock, {explanation.reason}"
     if record is not None:
         owner = {"yours": "your record", "shipped": "a shipped record"}[explanation.origin]
         lines["from"] = f"{owner}, {explanation.reason}:"

@@ -43,6 +43,7 @@ def export(
       parallax-gen export --for serving --heads 32/8 --page-size 16 -o kernels
     """
     from parallax_gen.memory.descriptions import open_memory
+    from parallax_gen.memory.lock import lock_of_environment
     from parallax_gen.runtime.export import kernels_at, known_places, write_kernels
 
     if every and (shapes or not requested.op):
@@ -50,7 +51,9 @@ def export(
     kernels = asked(model, requested, shapes, usual=True)
     card, memory = gpu_or_stand_in(gpu, lambda: device.gpu_here(0)), open_memory()
     places = known_places(memory, card, requested.matches) if every else []
-    written = write_kernels(kernels_at(places or kernels.places(card), card, memory), card, folder)
+    written = write_kernels(
+        kernels_at(places or kernels.places(card), card, memory, lock_of_environment()), card, folder
+    )
     if as_json:
         files = [kernel.to_json(path) for path, kernel in written]
         print_json({"gpu": card.name, "readme": str(folder / "README.md"), "kernels": files})

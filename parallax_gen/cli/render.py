@@ -46,6 +46,7 @@ def render_kernel(
     """
     from parallax_gen.codegen.render import render
     from parallax_gen.memory.descriptions import open_memory
+    from parallax_gen.memory.lock import lock_of_environment
     from parallax_gen.runtime.dispatch import choose
 
     kernels = asked(model, requested, [shape] if shape else [], usual=True)
@@ -54,7 +55,7 @@ def render_kernel(
     card, documents, printed = chosen_gpu(gpu), [], set()
     for call in kernels.calls:
         if config_json is None:
-            config = choose(call.spec, call.shape, card, open_memory()).config
+            config = choose(call.spec, call.shape, card, open_memory(), lock=lock_of_environment()).config
         else:
             config = _config(requested.op, config_json)
         source = render(call.spec, config, card)

@@ -51,11 +51,12 @@ def share_tuning(group: dist.ProcessGroup | None = None) -> int:
 
     From then on no rank tunes at a call. Kernels that were chosen before are chosen again; captured CUDA graphs keep
     their kernels. Without a CUDA device ranks only compare versions. A later call shares rank 0's records of that time.
+    If a lock is on (`parallax_gen.use_lock`), it decides before the table, and all ranks must hold the same one.
 
     group  by default the default group. Ranks with different GPUs need separate groups
 
     Returns the number of kernels and buckets in the table. Raises DistributedError, with the same message on all
-    ranks, which names the ranks concerned, if GPU, Triton, ptxas, kernels or versions differ or a rank fails;
+    ranks, which names the ranks concerned, if GPU, Triton, ptxas, kernels, versions or locks differ or a rank fails;
     ArgumentError if there is no such group. After an error every rank chooses as before.
     """
     rank, global_ranks = members(group)
@@ -92,7 +93,7 @@ def _rank_properties(gpu: Gpu | None) -> dict[str, str]:
     ]
     rendered = [render(place.spec, default_of(place, card), card).text_hash for place in places]
     templates = [path.read_text(encoding="utf-8") for path in sorted(data_dir("templates").rglob("*.j2"))]
-    here = Toolchain.here()
+    here, lock = Toolchain.here(), default_dispatcher().lock
     return {
         "GPU": "none" if gpu is None else gpu.name,
         "triton": here.triton,
@@ -100,6 +101,7 @@ def _rank_properties(gpu: Gpu | None) -> dict[str, str]:
         "kernels": _digest([rendered, templates]),
         "protocol": str(PROTOCOL),
         "parallax_gen": parallax_gen.__version__,
+        "the lock": "none" if lock is None else f"({lock.identity})",
     }
 
 

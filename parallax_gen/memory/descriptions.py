@@ -111,7 +111,7 @@ def evidence_text(candidate: Candidate) -> str:
     """The evidence for a candidate in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6, protocol 0 on h100`."""
     record = candidate.record
     if record is None:
-        return "the default"
+        return candidate.source
     evidence, here, toolchain = record.evidence, Toolchain.here(), AS_HERE
     if minor(evidence.triton) != minor(here.triton):
         toolchain = f"Triton {minor(evidence.triton)}"

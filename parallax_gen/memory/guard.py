@@ -20,6 +20,7 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.errors import BuildError, MachineError
 from parallax_gen.files import cache_dir, replace_file
 from parallax_gen.memory.bounds import LONGEST_LINE, check_int, check_text
+from parallax_gen.memory.lock import Lock
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, default_of, ranked
 from parallax_gen.memory.toolchain import Toolchain
@@ -53,9 +54,19 @@ class CheckedChoice:
 
 
 def checked_choice(
-    place: Place, gpu: Gpu, memory: RecordSource, compiled: CompiledResources | None = None
+    place: Place,
+    gpu: Gpu,
+    memory: RecordSource,
+    compiled: CompiledResources | None = None,
+    lock: Lock | None = None,
 ) -> CheckedChoice:
-    """The kernel that a call at a place gets. compiled: by default, the cached outcomes of earlier checks."""
+    """The kernel that a call at a place gets.
+
+    compiled  by default, the cached outcomes of earlier checks
+    lock      decides instead of the ranking: nothing is checked, and LockError is raised if it refuses the call
+    """
+    if lock is not None:
+        return CheckedChoice(lock.candidate(place, gpu), True)
     compiled = compiled or (lambda config: _read_cached(text_hash_of(place.spec, config, gpu), gpu))
     refused: list[tuple[Candidate, str]] = []
     for candidate in launch_candidates(place, gpu, memory):

@@ -52,11 +52,16 @@ class Tier(IntEnum):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config, and the record that supports it (None for the default)."""
+    """A config, and the record that supports it (None for the default, and for a config that a lock has)."""
 
     tier: Tier
     config: KernelConfig
     record: Result | None
+    locked: bool = False  # then no record was looked up, and the tier is the default's
+
+    @property
+    def source(self) -> str:
+        return "the lock" if self.locked else self.tier.text
 
 
 def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None = None) -> Iterator[Candidate]:
@@ -203,10 +208,7 @@ def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
 
 
 def borrowable_near_places(place: Place) -> list[Place]:
-    """`near_places` if measurements put their records ahead of the default: only for decode of equal lengths.
-
-    The relation is symmetric.
-    """
+    """`near_places` if measurements put their records ahead of the default (decode of equal lengths); symmetric."""
     return list(near_places(place)) if op_of(place.spec).uses_near_records else []
 
 

@@ -1,4 +1,7 @@
-"""Chooses the kernel for a call: the config that memory/ranking.py ranks first for its place. Tunes nothing itself."""
+"""Chooses the kernel for a call: what a lock has for its place, or else the config that memory/ranking.py ranks first.
+
+Tunes nothing itself.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.describe import describe
 from parallax_gen.environment import QUIET, STRICT, is_on
 from parallax_gen.errors import BuildError, StoreError, UntunedError
+from parallax_gen.memory.commands import lock_command, tune_command
 from parallax_gen.memory.guard import CompiledResources, cache_resources, cached_resources, checked_choice
+from parallax_gen.memory.lock import NO_CHECK, Lock, lock_of_environment
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, best
 from parallax_gen.memory.result import Result
@@ -26,8 +31,9 @@ from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Shape, bucket_of, representative
-from parallax_gen.problem.spec import FLAGS, PER_SEQUENCE_LENGTH_OPS, KernelSpec
+from parallax_gen.problem.shapes import Shape, bucket_of
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.runtime.ranks import check_same_lock, is_first_rank
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,17 +61,27 @@ class DispatchChoice:
 
 
 def choose(
-    spec: KernelSpec, shape: Shape, gpu: Gpu, memory: RecordSource, compiled: CompiledResources | None = None
+    spec: KernelSpec,
+    shape: Shape,
+    gpu: Gpu,
+    memory: RecordSource,
+    compiled: CompiledResources | None = None,
+    lock: Lock | None = None,
 ) -> DispatchChoice:
-    """The config that a call uses: see memory/ranking.py and memory/guard.py."""
+    """The config that a call uses: see memory/ranking.py and memory/guard.py; with a lock memory/lock.py.
+
+    Raises LockError if the lock refuses the call.
+    """
     place = Place(gpu.name, spec, bucket_of(shape))
-    checked = checked_choice(place, gpu, memory, compiled)
+    checked = checked_choice(place, gpu, memory, compiled, lock)
     choice = DispatchChoice(place, checked.candidate, checked.checked, checked.refused)
     for refused, reason in checked.refused:
         _LOG.info("%s; %s: %s is not used: %s", spec, place.bucket, describe(refused.config), reason)
-    record, message = choice.record, choice.candidate.tier.text
+    record, message = choice.record, choice.candidate.source
     if record is not None:
         message += f", {record.time_us} us, {record.created_at}"
+    if choice.candidate.locked and lock is not None:
+        message += f" {lock.path}, {NO_CHECK}"
     _LOG.info("%s; %s, on %s: %s: %s", spec, place.bucket, gpu.name, message, describe(choice.config))
     return choice
 
@@ -76,16 +92,26 @@ class Dispatcher:
     on_first_call  called before that: returns whether it may have stored records. None, unless somebody sets it
     """
 
-    def __init__(self, memory: RecordSource):
+    def __init__(self, memory: RecordSource, lock: Lock | None = None):
         self.on_first_call: Callable[[KernelSpec, Shape, Gpu], bool] | None = None
-        self._memory = memory
+        self._memory, self._lock = memory, lock
+        self._lock_of_ranks = ""  # the lock that was last compared with the other ranks'
         self._kernels: dict[Place, tuple[DispatchChoice, ModuleType]] = {}
-        self._untuned_notice = UntunedNotice()
+        self._untuned_notice, self._unlocked_notice = UntunedNotice(), UnlockedNotice()
 
     def use(self, memory: RecordSource) -> None:
         """Choose from another memory from now on, also for kernels that were chosen before."""
         self._memory = memory
         self._kernels.clear()
+
+    def use_lock(self, lock: Lock | None) -> None:
+        """Take kernels from a lock from now on, or none, also kernels that were chosen before."""
+        self._lock = lock
+        self._kernels.clear()
+
+    @property
+    def lock(self) -> Lock | None:
+        return self._lock
 
     @property
     def memory(self) -> RecordSource:
@@ -98,25 +124,39 @@ class Dispatcher:
     def kernel(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> tuple[DispatchChoice, ModuleType]:
         """The choice for a call, and the module to launch.
 
-        Warns once if the kernel was not measured on this GPU with this toolchain, or raises UntunedError in strict
-        mode: see `UntunedNotice`.
+        With a lock, its kernel: nothing is tuned at first calls, and records do not count. Raises LockError if the lock
+        refuses the call, and DistributedError if another rank is known to hold another lock.
+
+        Otherwise warns once if the kernel was not measured on this GPU with this toolchain, or raises UntunedError in
+        strict mode: see `UntunedNotice`.
         """
         place = Place(gpu.name, spec, bucket_of(shape))
         chosen = self._kernels.get(place)
         if chosen is None:
             ensure_triton_cache()
-            if self.on_first_call is not None and self.on_first_call(spec, shape, gpu):
-                self._memory = _read_again(self._memory)
-            self._untuned_notice.check(place, gpu, self._memory)
-            choice = choose(spec, shape, gpu, self._memory, _compiler(spec, shape, gpu))
-            self._untuned_notice.warn(place, choice.candidate)
+            choice = self._choose(place, shape, gpu)
             chosen = (choice, load(render(spec, choice.config, gpu)))
             self._kernels[place] = chosen
             _LOG.info("%s; %s: runs %s", spec, place.bucket, chosen[1].__file__)
         return chosen
 
+    def _choose(self, place: Place, shape: Shape, gpu: Gpu) -> DispatchChoice:
+        spec, lock = place.spec, self._lock
+        if lock is not None:
+            self._lock_of_ranks = check_same_lock(lock, self._lock_of_ranks)
+            choice = choose(spec, shape, gpu, self._memory, lock=lock)
+            if not choice.candidate.locked:
+                self._unlocked_notice.warn(place, lock)
+            return choice
+        if self.on_first_call is not None and self.on_first_call(spec, shape, gpu):
+            self._memory = _read_again(self._memory)
+        self._untuned_notice.check(place, gpu, self._memory)
+        choice = choose(spec, shape, gpu, self._memory, compiler(spec, shape, gpu))
+        self._untuned_notice.warn(place, choice.candidate)
+        return choice
 
-def _compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> CompiledResources | None:
+
+def compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> CompiledResources | None:
     """A function that compiles borrowed kernels and returns their resources, cached; None without a CUDA device."""
     import torch
     import triton
@@ -184,8 +224,9 @@ def _warn_about(error: StoreError, instead: str = "Only shipped records and defa
 
 @cache
 def default_dispatcher() -> Dispatcher:
-    """The dispatcher of this process."""
-    return Dispatcher(RuntimeMemory())
+    """The dispatcher of this process, with the lock that PARALLAX_GEN_LOCK names."""
+    lock = lock_of_environment()  # raises if it cannot be read: nothing may run without it
+    return Dispatcher(RuntimeMemory(), lock)
 
 
 # -- The notice for a kernel that was not measured here, with the command that would measure it.
@@ -219,13 +260,34 @@ class UntunedNotice:
         quiet = is_on(QUIET)
         if candidate.tier == Tier.MEASURED_HERE:
             return
-        if self._warned or quiet or not _is_first_rank():
+        if self._warned or quiet or not is_first_rank():
             return
         self._warned = True  # set first: where warnings are errors, the next call runs
         message = f"{_no_measurement(place)}: {_what_runs(candidate)}. {_command_to_measure(place)}"
         message += f" This warning appears once per process; {QUIET}=1 silences it."
         _LOG.warning("%s", message)
         warnings.warn(message, UntunedWarning, stacklevel=user_stacklevel())
+
+
+class UnlockedWarning(UserWarning):
+    """A call runs a default config because the lock does not have its kernel."""
+
+
+class UnlockedNotice:
+    """Warns once per dispatcher, for the first kernel that is not in the lock."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def warn(self, place: Place, lock: Lock) -> None:
+        """Warn and log that a call runs its default. Silent as `UntunedNotice.warn`."""
+        if self._warned or is_on(QUIET) or not is_first_rank():
+            return
+        self._warned = True
+        message = f"{lock.lacks(place)}: its default config is used. Run `{lock_command(place, lock.path)}` to lock it."
+        message += f" This warning appears once per process; {QUIET}=1 silences it."
+        _LOG.warning("%s", message)
+        warnings.warn(message, UnlockedWarning, stacklevel=user_stacklevel())
 
 
 def user_stacklevel() -> int:
@@ -259,29 +321,3 @@ def _what_runs(candidate: Candidate) -> str:
 
 def _command_to_measure(place: Place) -> str:
     return f"Run `{tune_command(place)}` to measure it."
-
-
-def _is_first_rank() -> bool:
-    import torch.distributed as dist
-
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-def tune_command(place: Place) -> str:
-    """The `parallax-gen tune` command that tunes a place, on the card it is run on."""
-    spec, shape = place.spec, representative(place.bucket, place.spec.group)
-    heads = f"{shape.heads}" if spec.group == 1 else f"{shape.heads}/{shape.kv_heads}"
-    one_length = shape.seqlen_q == (1 if spec.public_op == "decode" else shape.seqlen_kv)
-    lengths = f"{shape.seqlen_kv}" if one_length else f"{shape.seqlen_q}x{shape.seqlen_kv}"
-    command = ["parallax-gen", "tune", "--op", spec.public_op]
-    command += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
-    if spec.window:  # a window over all keys would count as none; one key less rounds to the same bucket
-        command += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
-    elif not spec.causal and (
-        spec.multi_token or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTH_OPS)
-    ):
-        command.append("--full")
-    command += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad", "softcap") if spec.flat()[name]]
-    command += ["--page-size", f"{spec.page_size}"] if spec.page_size else []
-    command += ["--cache-dtype", spec.cache_dtype] if spec.cache_dtype else []
-    return " ".join(command)

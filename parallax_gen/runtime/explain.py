@@ -11,6 +11,7 @@ from parallax_gen.codegen.build import write
 from parallax_gen.codegen.render import render
 from parallax_gen.describe import format_counts
 from parallax_gen.memory.descriptions import ANOTHER_KERNEL, Origins
+from parallax_gen.memory.lock import NO_CHECK, Lock
 from parallax_gen.memory.ranking import Candidate, Tier, comparable_here, is_rendered, ranked, why_not_chosen
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
@@ -29,7 +30,8 @@ MAX_ALTERNATIVES = 3  # of each kind
 class Explanation:
     """The result of dispatch for one call.
 
-    origin       "yours", "shipped" or "default"
+    lock         that is on; None for none
+    origin       "yours", "shipped", "default" or "lock"
     reason       why this config was chosen, in a sentence
     runners_up   the candidates ranked next, best first
     predicted    results of the place that were only predicted, best first
@@ -39,6 +41,7 @@ class Explanation:
     spec: KernelSpec
     shape: Shape
     choice: DispatchChoice
+    lock: Lock | None
     file: Path
     origin: str
     reason: str
@@ -47,9 +50,11 @@ class Explanation:
     unused: list[tuple[Result, str]]
 
 
-def explanation_of(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origins: Origins) -> Explanation:
-    """What dispatch chooses for a call, and the alternatives."""
-    choice = choose(spec, shape, gpu, memory)
+def explanation_of(
+    spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, origins: Origins, lock: Lock | None = None
+) -> Explanation:
+    """What dispatch chooses for a call, and the alternatives. Raises LockError if the lock refuses the call."""
+    choice = choose(spec, shape, gpu, memory, lock=lock)
     results = memory.results(choice.place)
     refused = [candidate for candidate, _ in choice.refused]
     refused_configs = {c.config for c in refused}
@@ -61,9 +66,10 @@ def explanation_of(spec: KernelSpec, shape: Shape, gpu: Gpu, memory: Memory, ori
         spec=spec,
         shape=shape,
         choice=choice,
+        lock=lock,
         file=write(render(spec, choice.config, gpu)),
-        origin="default" if choice.record is None else origins.of(choice.record),
-        reason=_reason(choice, results, candidates, unused),
+        origin=_origin(choice, origins),
+        reason=_reason(choice, results, candidates, unused) if lock is None else _reason_of_lock(choice, lock),
         runners_up=candidates[:MAX_ALTERNATIVES],
         predicted=[r for r in results if not r.outcome.tried][:MAX_ALTERNATIVES],
         unused=unused[:MAX_ALTERNATIVES],
@@ -81,7 +87,8 @@ def to_json(explanation: Explanation, origins: Origins) -> dict[str, Any]:
         "config": config_to_dict(explanation.choice.config),
         "file": str(explanation.file),
         "from": explanation.origin,
-        "tier": explanation.choice.candidate.tier.text,
+        "tier": explanation.choice.candidate.source,
+        "lock": None if explanation.lock is None else str(explanation.lock.path),
         "reason": explanation.reason,
         "checked": explanation.choice.checked,
         "refused": [{"why": reason, "config": config_to_dict(c.config)} for c, reason in explanation.choice.refused],
@@ -92,6 +99,16 @@ def to_json(explanation: Explanation, origins: Origins) -> dict[str, Any]:
         "predicted": [origins.to_json(r) for r in explanation.predicted],
         "unused": [{"why": reason, "record": origins.to_json(result)} for result, reason in explanation.unused],
     }
+
+
+def _origin(choice: DispatchChoice, origins: Origins) -> str:
+    if choice.record is not None:
+        return origins.of(choice.record)
+    return "lock" if choice.candidate.locked else "default"
+
+
+def _reason_of_lock(choice: DispatchChoice, lock: Lock) -> str:
+    return NO_CHECK if choice.candidate.locked else f"{lock.lacks(choice.place)}, and allows the default"
 
 
 def _reason(

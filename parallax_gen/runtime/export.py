@@ -13,6 +13,7 @@ from parallax_gen.describe import time_and_rate
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.memory.descriptions import Origins, differences_from_here, shape_of
 from parallax_gen.memory.guard import CheckedChoice, checked_choice
+from parallax_gen.memory.lock import Lock
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.ops.base import KernelConfig, config_to_dict, op_of
@@ -47,10 +48,11 @@ class ExportedKernel:
         }
 
 
-def kernels_at(places: Iterable[Place], gpu: Gpu, memory: Memory) -> list[ExportedKernel]:
-    """The kernel that calls get at each place, each place once."""
+def kernels_at(places: Iterable[Place], gpu: Gpu, memory: Memory, lock: Lock | None = None) -> list[ExportedKernel]:
+    """The kernel that calls get at each place, each place once. Raises LockError if the lock refuses one."""
+    choices = {place: checked_choice(place, gpu, memory, lock=lock) for place in places}
     origins = Origins(memory)
-    return [_exported(place, checked_choice(place, gpu, memory), origins) for place in dict.fromkeys(places)]
+    return [_exported(place, choice, origins) for place, choice in choices.items()]
 
 
 def known_places(memory: Memory, gpu: Gpu, matches: Callable[[Place], bool]) -> list[Place]:
@@ -81,6 +83,8 @@ def write_kernels(kernels: Iterable[ExportedKernel], gpu: Gpu, folder: Path) -> 
 
 def _exported(place: Place, choice: CheckedChoice, origins: Origins) -> ExportedKernel:
     config, record = choice.candidate.config, choice.candidate.record
+    if choice.candidate.locked:
+        return ExportedKernel(place, config, "the lock that was on, which decides without records")
     if record is None:
         reason = ", not measured: no record can be used"
         if choice.refused:

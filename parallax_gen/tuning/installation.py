@@ -119,6 +119,22 @@ def _usable_results() -> tuple[list[Result], str]:
         return Memory().all(), "only the shipped records"
 
 
+def _lock() -> Iterator[tuple[str, str]]:
+    from parallax_gen.memory.descriptions import card_of
+    from parallax_gen.memory.lock import NO_CHECK, lock_of_environment, lock_text
+
+    lock = lock_of_environment()
+    if lock is None:
+        yield "ok", lock_text(lock)
+        return
+    found = (lock.problem(kernel, card_of(kernel.place)) for kernel in lock.kernels.values())
+    problems = [problem for problem in found if problem]
+    if problems:
+        yield "broken", f"calls of {len(problems)} of {len(lock.kernels)} locked kernels fail; the first: {problems[0]}"
+    else:
+        yield "ok", f"{lock_text(lock)}; {NO_CHECK}"
+
+
 def _cuobjdump() -> Iterator[tuple[str, str]]:
     from parallax_gen.codegen.resources import cuobjdump
 
@@ -146,6 +162,7 @@ CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "cache": _cache,
     "database": _database,
     "records": _records,
+    "lock": _lock,
     "cuobjdump": _cuobjdump,
     "compile": _compile,
 }

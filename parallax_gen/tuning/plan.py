@@ -14,6 +14,7 @@ from typing import Any
 from parallax_gen.describe import duration
 from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.guard import CheckedChoice, checked_choice
+from parallax_gen.memory.lock import Lock
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import RecordSource, comparable, comparable_default, default_of
 from parallax_gen.memory.result import Result
@@ -70,16 +71,19 @@ class Plan:
     @property
     def tiers(self) -> Counter[str]:
         """How many kernels have their config from each tier."""
-        return Counter(choice.candidate.tier.text for choice in self.choices.values())
+        return Counter(choice.candidate.source for choice in self.choices.values())
 
     def most_seconds(self, budget_s: float, devices: int) -> float:
         """How long the jobs take at most, if each uses its whole time budget."""
         return math.ceil(len(self.jobs) / devices) * (budget_s + FINALS_S)
 
 
-def plan_of(model: Model | str, steps: Sequence[Step], gpu: Gpu, memory: RecordSource) -> Plan:
+def plan_of(
+    model: Model | str, steps: Sequence[Step], gpu: Gpu, memory: RecordSource, lock: Lock | None = None
+) -> Plan:
+    """The plan for steps on a card. Raises LockError if the lock refuses one of their kernels."""
     places = {Place(gpu.name, call.spec, bucket_of(call.shape)): None for step in steps for call in step.calls}
-    return Plan(model, steps, gpu, {place: checked_choice(place, gpu, memory) for place in places})
+    return Plan(model, steps, gpu, {place: checked_choice(place, gpu, memory, lock=lock) for place in places})
 
 
 class TimeLeft:
@@ -217,7 +221,7 @@ def times_of_choices(plan: Plan, memory: RecordSource) -> list[StepTimes]:
         record = candidate.record
         time_us = record.time_us if record else None
         default_us = _default_us(record, GPUS.get(record.place.gpu, plan.gpu), memory) if record else None
-        return CallTimes(call, candidate.config, time_us, default_us, candidate.tier.text, plan.bound_us(call))
+        return CallTimes(call, candidate.config, time_us, default_us, candidate.source, plan.bound_us(call))
 
     return _times(plan, times)
 

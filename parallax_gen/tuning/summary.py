@@ -25,7 +25,7 @@ def plan_table(plan: Plan) -> Table:
     for step in plan.steps:
         for call in step.calls:
             place = plan.place(call)
-            source = plan.choices[place].candidate.tier.text
+            source = plan.choices[place].candidate.source
             sizes = str(place.bucket.kv_rows), seqlen_text(place.bucket), str(call.count)
             last = f"{100 * plan.shares[place]:.1f} %" if isinstance(plan, CallsPlan) else step.name
             lines.append((call.spec.public_op, *sizes, source, last))

@@ -282,7 +282,7 @@ def test_doctor_on_a_sound_machine() -> None:
     report = run_json("doctor")
     assert not report["broken"]
     result = {finding["check"]: finding for finding in report["findings"]}
-    assert list(result) == ["versions", "device", "cache", "database", "records", "cuobjdump", "compile"]
+    assert list(result) == ["versions", "device", "cache", "database", "records", "lock", "cuobjdump", "compile"]
     assert result["device"]["status"] == "note"
     assert "a small kernel for h100" in result["compile"]["text"]
 

@@ -220,7 +220,7 @@ def test_a_call_tries_a_failing_compilation_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     shape = representative(PLACE.bucket, SPEC.group)
     for _ in range(2):
-        compiled = dispatch._compiler(SPEC, shape, GPU)
+        compiled = dispatch.compiler(SPEC, shape, GPU)
         assert checked_choice(PLACE, GPU, BORROWED, compiled).candidate.config == DEFAULT
     assert compiled_configs == [FIRST, SECOND]
     assert checked_choice(PLACE, GPU, BORROWED).candidate.config == DEFAULT

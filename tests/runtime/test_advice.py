@@ -22,6 +22,7 @@ from strategies import random_spec
 from parallax_gen.cli.tune import tune
 from parallax_gen.codegen.render import render
 from parallax_gen.errors import ArgumentError, UntunedError
+from parallax_gen.memory.commands import tune_command
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import RecordTable, default_of, evidence_of
 from parallax_gen.memory.result import Result
@@ -31,7 +32,7 @@ from parallax_gen.problem.shapes import Bucket, bucket_of, representative
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
 from parallax_gen.problem.workloads import Flags, kernels
 from parallax_gen.runtime import dispatch
-from parallax_gen.runtime.dispatch import Dispatcher, UntunedWarning, tune_command, user_stacklevel
+from parallax_gen.runtime.dispatch import Dispatcher, UntunedWarning, user_stacklevel
 
 pytestmark = pytest.mark.interpreter
 
