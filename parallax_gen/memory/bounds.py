@@ -61,10 +61,10 @@ def check_text(name: str, value: object) -> None:
         raise ArgumentError(name, shown(value), f"one line of at most {LONGEST_LINE} printable characters")
 
 
-def check_int(name: str, value: object) -> None:
-    """Raises ArgumentError unless a field's value is an int from 0 to MAX_INT."""
-    if type(value) is not int or not 0 <= value <= MAX_INT:
-        raise ArgumentError(name, shown(value), f"an int from 0 to {MAX_INT}")
+def check_int(name: str, value: object, minimum: int = 0) -> None:
+    """Raises ArgumentError unless a field's value is an int from `minimum` to MAX_INT."""
+    if type(value) is not int or not minimum <= value <= MAX_INT:
+        raise ArgumentError(name, shown(value), f"an int from {minimum} to {MAX_INT}")
 
 
 def check_number(name: str, value: object) -> None:

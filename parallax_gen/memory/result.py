@@ -156,6 +156,8 @@ class Result:
     detail        why it failed; "" otherwise
     created_at    ISO 8601, UTC
     source        what the time is, such as "measured on NVIDIA H200"
+    trial         which of its place's trials this was, from 1 in the order in which they ended; None if it is not
+                  known, as in older records. `Store.save_trial` numbers them. Equality ignores it
 
     Raises ArgumentError on values of a wrong type or beyond the bounds of memory/bounds.py: records of a file are
     checked like user input.
@@ -177,6 +179,7 @@ class Result:
     detail: str = ""
     created_at: str = field(default_factory=now)
     source: str = ""
+    trial: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         evidence = self.evidence
@@ -197,6 +200,8 @@ class Result:
                     check(name, value)
         if self.time_us is None and not self.outcome.failed:
             raise ArgumentError("time_us", self.time_us, f"a number when the outcome is {self.outcome.value!r}")
+        if self.trial is not None:
+            check_int("trial", self.trial, minimum=1)
         try:
             self.created  # noqa: B018 - well-formed, but the day may not exist
         except ValueError as error:
@@ -226,7 +231,7 @@ class Result:
         return self.place.text, config_to_json(self.config), *self.evidence.identity
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """All fields as JSON values; `trial` only if it is set."""
         parts = {
             "place": self.place.flat(),
             "config": config_to_dict(self.config),
@@ -234,7 +239,10 @@ class Result:
             "outcome": self.outcome.value,
             "shape": self.shape and self.shape.to_dict(),
         }
-        return {f.name: parts[f.name] if f.name in parts else getattr(self, f.name) for f in fields(self)}
+        values = {f.name: parts[f.name] if f.name in parts else getattr(self, f.name) for f in fields(self)}
+        if self.trial is None:
+            del values["trial"]
+        return values
 
     @classmethod
     def from_dict(cls, data: object) -> Result:
@@ -242,11 +250,11 @@ class Result:
 
         Raises ArgumentError, ConfigError or ValueError on anything else. The value of "place" may be a Place.
         """
-        names = [f.name for f in fields(cls)]
+        names = [f.name for f in fields(cls) if f.name != "trial"]
         if isinstance(data, dict) and "key" in data and "place" not in data:
             data = upgrade_record(data)
-        if not isinstance(data, dict) or set(data) != set(names):
-            raise ArgumentError("record", shown(data), f"an object of exactly {names}")
+        if not isinstance(data, dict) or set(data) - {"trial"} != set(names):
+            raise ArgumentError("record", shown(data), f"an object of exactly {names}, and optionally trial")
         parts = {name: data[name] for name in ("place", "evidence", "config", "shape")}
         for name, part in parts.items():
             valid = isinstance(part, Place) if name == "place" else part is None and name == "shape"

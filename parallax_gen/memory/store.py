@@ -6,8 +6,8 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import fields
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +16,16 @@ from sqlite_utils import Database
 from sqlite_utils.db import NoTable
 from sqlite_utils.utils import sqlite3  # the module that Database uses, which need not be the standard one
 
-from parallax_gen.errors import ArgumentError, MachineError, StoreError
+from parallax_gen.errors import MachineError, StoreError
 from parallax_gen.files import data_dir, user_path
-from parallax_gen.memory.bounds import check_flat, shown
+from parallax_gen.memory.bounds import MAX_INT
 from parallax_gen.memory.old import renamed_json
 from parallax_gen.memory.place import Place, Scalar
-from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Evidence, Outcome, Result, reading_order, supersedes
+from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Outcome, Result, reading_order, supersedes
+from parallax_gen.memory.rows import IDENTITY, from_row, identity_of, to_row
 
 APPLICATION_ID = 0x50585447  # "PXTG" in a SQLite file's header: the file is ours
 BUSY_SECONDS = 60.0  # to wait for other processes, each of which locks the database for milliseconds
-IDENTITY = ("place_json", "config_json", "kernel", "templates", "triton", "cuda", "protocol")  # `Result.identity`
 SAME_IDENTITY = " and ".join(f"{name} = :{name}" for name in IDENTITY)
 
 
@@ -81,11 +81,20 @@ class Store:
         return len(self._unreadable)
 
     def save(self, result: Result) -> None:
-        """Store a result, unless the stored result of the same identity supersedes it (see `supersedes`)."""
+        """Store a result, unless the stored result of the same identity supersedes it (see `supersedes`).
+
+        A stored trial number remains.
+        """
+        with self._writing():
+            self._save(result, self._stored(result))
+
+    def save_trial(self, result: Result) -> None:
+        """Like `save`, for a trial that just ended: a config's first one gets the next number of its place."""
         with self._writing():
             old = self._stored(result)
-            if old is None or supersedes(result, old):
-                self._upsert(result)
+            if result.trial is None and result.outcome.tried and (old is None or not old.outcome.tried):
+                result = replace(result, trial=self._next_trial(result.place))
+            self._save(result, old)
 
     def merge(self, results: Iterable[Result]) -> MergeCounts:
         """Store results from elsewhere in one transaction.
@@ -100,7 +109,7 @@ class Store:
                 if old is not None and supersedes(old, result):
                     kept += 1
                     continue
-                self._upsert(result)
+                self._upsert(result, old)
                 new, replaced = (new + 1, replaced) if old is None else (new, replaced + 1)
         return MergeCounts(new, replaced, kept)
 
@@ -110,7 +119,7 @@ class Store:
         with self._writing():
             for result in results:
                 if self._stored(result) == result:
-                    self._db.execute(f"DELETE FROM measurements WHERE {SAME_IDENTITY}", _identity(result))
+                    self._db.execute(f"DELETE FROM measurements WHERE {SAME_IDENTITY}", identity_of(result))
                     deleted += 1
         return deleted
 
@@ -154,15 +163,19 @@ class Store:
                 problems.append(f"row {row['number']} from before fingerprints: not a record, or a duplicate")
             for row in self._tables.query("SELECT rowid AS number, * FROM measurements") if self._version() else ():
                 try:
-                    _from_row(row)
+                    from_row(row)
                 except (*MALFORMED, KeyError) as error:
                     problems.append(f"row {row['number']}: {str(error)[:LONGEST_REASON]}")
         return problems
 
     def in_trial_order(self) -> list[Result]:
-        """All rows in the order in which configs were first tried; a config that is timed again keeps its position."""
+        """All rows in the order in which configs were first tried.
+
+        The order is that of the numbers `Result.trial`. Rows without one come first, in the order in which they were
+        stored: that of their trials, unless they were imported. A config that is timed again keeps its position.
+        """
         with self._as_store_error():
-            return list(self._select("true", order_by="rowid"))
+            return sorted(self._select("true", order_by="rowid"), key=lambda result: result.trial or 0)
 
     def _prepare_to_write(self) -> None:
         """Migrate the schema and switch to write-ahead mode."""
@@ -283,10 +296,22 @@ class Store:
 
     def _stored(self, result: Result) -> Result | None:
         """The stored result of the same identity."""
-        return next(self._select(SAME_IDENTITY, _identity(result)), None)
+        return next(self._select(SAME_IDENTITY, identity_of(result)), None)
 
-    def _upsert(self, result: Result) -> None:
-        self._db.table("measurements").upsert(_to_row(result), pk=IDENTITY)
+    def _save(self, result: Result, old: Result | None) -> None:
+        if old is None or supersedes(result, old):
+            self._upsert(result, old)
+
+    def _upsert(self, result: Result, old: Result | None) -> None:
+        """Replace the row of `old`, whose trial number remains."""
+        if old is not None and old.trial is not None:
+            result = replace(result, trial=old.trial)
+        self._db.table("measurements").upsert(to_row(result), pk=IDENTITY)
+
+    def _next_trial(self, place: Place) -> int:
+        query = "SELECT max(trial) FROM measurements WHERE place_json = ? AND typeof(trial) = 'integer' AND trial < ?"
+        (last,) = self._db.execute(query, (place.text, MAX_INT)).fetchone()
+        return 1 + (last or 0)
 
     def _of_place(self, place: Place, tables: Database) -> Iterator[Result]:
         return self._parsed(tables.table("measurements").rows_where("place_json = ?", [place.text]))
@@ -302,7 +327,7 @@ class Store:
         """The results of the rows that parse. Other rows are counted and skipped."""
         for row in rows:
             try:
-                yield _from_row(row)
+                yield from_row(row)
             except (*MALFORMED, KeyError):  # KeyError: a missing column
                 self._unreadable.add(tuple(row.get(name) for name in IDENTITY))
 
@@ -346,53 +371,3 @@ def _migrations() -> list[tuple[int, Path]]:
     """(number, file), ascending."""
     files = sorted((data_dir("tuning_db") / "migrations").glob("[0-9][0-9][0-9][0-9]_*.sql"))
     return [(int(file.name[:4]), file) for file in files]
-
-
-_PLAIN = [f.name for f in fields(Result) if f.name not in ("place", "evidence", "config", "shape")]
-_EVIDENCE = [f.name for f in fields(Evidence)]
-
-
-def _identity(result: Result) -> dict[str, Scalar]:
-    return dict(zip(IDENTITY, result.identity, strict=True))
-
-
-def _to_row(result: Result) -> dict[str, object]:
-    data = result.to_dict()
-    return {
-        **_identity(result),
-        "gpu": result.place.gpu,
-        "op": result.place.spec.public_op,
-        "text": result.evidence.text,
-        "shape_json": data["shape"] and json.dumps(data["shape"]),
-        **{name: data[name] for name in _PLAIN},
-    }
-
-
-def _from_row(row: Mapping[str, Any]) -> Result:
-    data: dict[str, Any] = {name: row[name] for name in _PLAIN}
-    data["place"] = _place_from(_text("place_json", row["place_json"]))
-    data["evidence"] = {name: row[name] for name in _EVIDENCE if name != "templates" or row[name]}
-    for name in ("config", "shape"):
-        text = row[f"{name}_json"]
-        data[name] = None if text is None else json.loads(_text(f"{name}_json", text))
-    result = Result.from_dict(data)
-    if (result.place.gpu, result.place.spec.public_op) != (row["gpu"], row["op"]):
-        raise ArgumentError("gpu and op", (row["gpu"], row["op"]), "those of the place")
-    return result
-
-
-def _text(name: str, value: object) -> str:
-    """A column's text. In an untrusted file the value may be of any SQLite type."""
-    if not isinstance(value, str):
-        raise ArgumentError(name, shown(value), "text")
-    return value
-
-
-@lru_cache(maxsize=1024)
-def _place_from(text: str) -> Place:
-    """Parse a place, cached: many rows have the same place, and a place has many fields."""
-    data = json.loads(text)
-    if not isinstance(data, dict):
-        raise ArgumentError("place", shown(data), "an object of its fields")
-    check_flat("place", data)
-    return Place.from_flat(data)

@@ -69,6 +69,7 @@ class History:
 
     timed, slow, failed  SVG paths with a mark for each trial that was timed, timed only briefly, or failed
     improvements         the trials that were faster than all earlier ones
+    unnumbered           how many trials have no number; they come first, in the order in which they were stored
     """
 
     width: int
@@ -83,6 +84,7 @@ class History:
     failed: str
     line: str
     improvements: tuple[Point, ...]
+    unnumbered: int = 0
 
 
 DECADES = tuple(10.0**n for n in range(-4, 6))
@@ -194,4 +196,5 @@ def history(entry: Entry) -> History | None:
         failed="".join(dots["failed"]),
         line=f"{line}H{right}" if line else "",
         improvements=tuple(improvements),
+        unnumbered=sum(trial.trial is None and trial.outcome.tried for trial in entry.trials),
     )

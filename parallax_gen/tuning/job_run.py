@@ -243,7 +243,7 @@ class JobRun:
             return
         new_results = self._claims.new_results()
         for result in new_results:
-            self._store.save(result)
+            self._store.save_trial(result)
             if result.config not in self._shared_configs:
                 self._shared_configs.add(result.config)
                 self._search.tell(result.config, result.time_us if result.outcome.has_time else None)
@@ -292,7 +292,7 @@ class JobRun:
 
     def _store_result(self, result: Result) -> None:
         """Store a result, pass its time to the search, and update the progress."""
-        self._store.save(result)
+        self._store.save_trial(result)
         if self._claims is not None:
             self._claims.finish(result)
         self._search.tell(result.config, result.time_us if result.outcome.has_time else None)

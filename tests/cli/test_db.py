@@ -62,7 +62,7 @@ def test_path_alone_is_on_standard_output(store: Store, monkeypatch: pytest.Monk
 def test_stats_count_everything(store: Store) -> None:
     filled(store)
     result = run_json("db", "stats")
-    assert (result["rows"], result["schema"], result["unreadable"]) == (6, 3, 0)
+    assert (result["rows"], result["schema"], result["unreadable"]) == (6, 4, 0)
     assert result["bytes"] >= store.path.stat().st_size > 0
     assert result["kernels"] == [
         {"gpu": "h200", "op": "decode", "rows": 4, "outcomes": {"ok": 2, "wrong": 1, "predicted": 1}},
@@ -372,7 +372,7 @@ def test_prune_keeps_a_row_that_was_replaced_meanwhile(store: Store) -> None:
 def test_check_of_a_sound_database(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     filled(store)
     result = run("db", "check")
-    assert (result.exit_code, result.stdout) == (0, f"{store.path}: sound, schema 3, 6 rows readable\n")
+    assert (result.exit_code, result.stdout) == (0, f"{store.path}: sound, schema 4, 6 rows readable\n")
     assert run_json("db", "check")["sound"]
     monkeypatch.setenv("PARALLAX_GEN_DB", str(tmp_path / "none.db"))
     assert "not yet created" in run("db", "check").stdout
@@ -395,7 +395,7 @@ def test_check_names_rows_that_cannot_be_read(store: Store, damage: str, message
         connection.execute(f"UPDATE measurements SET {damage} WHERE rowid = 1")
     result = run("db", "check")
     assert result.exit_code == 1
-    assert f"{store.path}: problems: 1, schema 3, 5 rows readable\n  {message}" in result.stdout
+    assert f"{store.path}: problems: 1, schema 4, 5 rows readable\n  {message}" in result.stdout
     assert len(result.stdout) < 500 + len(str(store.path))
     assert "1 row cannot be read" in run("db", "stats").stdout
     assert "left out 1 row that cannot be read" in run("db", "export", "-").stderr

@@ -74,7 +74,8 @@ def test_an_old_database_opens_with_all_its_rows(path: Path, read_only: bool) ->
         assert {(r.evidence.templates, r.evidence.kernel, r.evidence.triton) for r in actual} == {("abc123", "", "3.6")}
         assert {r.error for r in actual} == {float("inf")}
         assert store.in_trial_order()[0] == actual[1]
-        assert store.schema == 3
+        assert store.schema == 4
+        assert {r.trial for r in actual} == {None}  # nobody knows whether they are in the order of trials
         assert len(store.unreadable_rows()) == 3  # they stay in the database
     if read_only:
         assert path.read_bytes() == before  # an older version may still use it
@@ -117,6 +118,23 @@ def test_each_place_of_an_old_database_is_found(tmp_path: Path) -> None:
         assert {result.place.spec.op for result in all_results} == set(OPS)
         for place in dict.fromkeys(result.place for result in all_results):
             assert store.results(place) == [result for result in all_results if result.place == place]
+
+
+def test_a_database_from_before_trial_numbers_is_read_and_gets_numbers(path: Path) -> None:
+    """A read-only one is not migrated, and lacks the column."""
+    with Store(path) as store:
+        store.save(result(block_n=16))
+        store._db.execute("ALTER TABLE measurements DROP COLUMN trial")
+        store._db.execute("PRAGMA user_version = 3")
+    with Store(path, read_only=True) as store:
+        assert store.schema == 3
+        assert store.results(PLACE) == store.all() == store.in_trial_order() == [result(block_n=16)]
+        assert store.fastest(PLACE.gpu, PLACE.spec.op) == [result(block_n=16)]
+        assert store.unreadable_rows() == []
+    with Store(path) as store:
+        store.save_trial(result(block_n=32))
+        store.save_trial(result(block_n=16, day=2))  # timed again: when it was first tried is still unknown
+        assert [(r.config, r.trial) for r in store.in_trial_order()] == [(config(16), None), (config(32), 1)]
 
 
 def test_an_interrupted_migration_leaves_the_database_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def test_a_result_replaces_its_row_under_old_names(tmp_path: Path) -> None:
     text = _with_old_names(text)
     assert text != config_to_json(result.config)
     connection.execute("UPDATE measurements SET config_json = ?", (text,))
+    connection.execute("ALTER TABLE measurements DROP COLUMN trial")
     connection.execute("PRAGMA user_version = 2")
     connection.commit()
     connection.close()

@@ -38,6 +38,9 @@ def evidence(**fields: Any) -> Evidence:
         {"error": -1.0},
         {"error": float("nan")},
         {"registers": 1.0},
+        {"trial": 0},
+        {"trial": True},
+        {"trial": 2**31},
         {"detail": None},
         {"created_at": "2026-01-01T00:00:00"},
         {"config": DecodeConfig(64, 8, 4, "last", 4, 2)},
@@ -177,6 +180,18 @@ def test_a_result_with_a_window_round_trips() -> None:
     assert (data["place"]["spec.window"], data["place"]["spec.varlen"]) == (True, True)
     assert (data["place"]["bucket.window"], data["shape"]["window"]) == (1024, 1000)
     assert data["config"]["HEAD_DIM_LAYOUT"] == "chunked"
+
+
+def test_a_trial_number_is_written_if_there_is_one() -> None:
+    """A record without one has the text that it had before the field, which earlier versions read."""
+    assert "trial" not in result().to_dict()
+    numbered = json.loads(json.dumps(result(trial=7).to_dict()))
+    assert numbered.pop("trial") == 7
+    assert numbered == result().to_dict()
+    assert Result.from_dict(numbered | {"trial": 7}).trial == 7
+    assert Result.from_dict(numbered).trial is None
+    with pytest.raises(ArgumentError, match="trial"):
+        Result.from_dict(numbered | {"trial": "7"})
 
 
 def test_superseding_does_not_depend_on_order() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, result
+from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, config, result
 
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.files import data_dir
@@ -180,3 +180,9 @@ def test_shipped_records_are_sorted_measured_and_valid(path: Path) -> None:
         assert row.error is not None
         assert row.error < 1e-2
         assert why_invalid(row.place.spec, row.config, GPUS[path.stem]) is None
+
+
+def test_shipped_records_keep_their_trial_numbers(tmp_path: Path) -> None:
+    write_shipped([result(trial=5), result(block_n=32)], "h200", tmp_path)
+    assert {r.config: r.trial for r in load_shipped("h200", tmp_path)} == {config(64): 5, config(32): None}
+    assert '"trial": 5}' in (tmp_path / "h200.jsonl").read_text(encoding="utf-8")

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, config, result
+from memory_samples import EVIDENCE, OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, config, result
 
 from parallax_gen.errors import ParallaxGenError, StoreError
 from parallax_gen.files import data_dir
+from parallax_gen.memory.lines import read_file, write_lines
 from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.store import Store, default_path
 from parallax_gen.ops.decode import DecodeConfig
@@ -107,6 +108,51 @@ def test_in_order_is_the_order_of_first_trials(store: Store) -> None:
     newer = result(time_us=4.0, block_n=64, day=2)
     store.save(newer)
     assert store.in_trial_order() == [newer, second, third]
+
+
+def numbers(store: Store) -> list[tuple[int, int | None]]:
+    """(BLOCK_N, trial) in the order of trials."""
+    return [(r.config.BLOCK_N, r.trial) for r in store.in_trial_order()]  # type: ignore[attr-defined]
+
+
+def test_each_trial_of_a_place_gets_the_next_number(store: Store) -> None:
+    store.save(result("predicted", block_n=16))
+    store.save_trial(result("wrong", block_n=32))
+    store.save_trial(result(block_n=64))
+    store.save_trial(result(place=OTHER_BUCKET, block_n=64))
+    store.save_trial(result(block_n=64, evidence=OTHER_TRITON))  # another study: the place's numbers go on
+    store.save(result(block_n=32, day=2))  # timed again: it keeps its number
+    store.save_trial(result(block_n=16, day=2))  # a prediction was no trial
+    trials = {
+        (r.place.bucket.kv_rows, r.place.bucket.seqlen_kv, r.config, r.evidence.triton): r.trial for r in store.all()
+    }
+    at = PLACE.bucket.kv_rows, PLACE.bucket.seqlen_kv
+    assert trials == {
+        (*at, config(32), EVIDENCE.triton): 1,
+        (*at, config(64), EVIDENCE.triton): 2,
+        (*at, config(64), OTHER_TRITON.triton): 3,
+        (*at, config(16), EVIDENCE.triton): 4,
+        (OTHER_BUCKET.bucket.kv_rows, OTHER_BUCKET.bucket.seqlen_kv, config(64), EVIDENCE.triton): 1,
+    }
+
+
+def test_trial_numbers_survive_export_and_import(store: Store, tmp_path: Path) -> None:
+    for n, time_us in ((64, 3.0), (16, 1.0), (32, 2.0)):
+        store.save_trial(result(time_us=time_us, block_n=n))
+    write_lines(tmp_path / "mine.jsonl", store.all())  # from fast to slow
+    for source in (tmp_path / "mine.jsonl", store.path):
+        with Store(tmp_path / f"{source.stem}.imported") as other:
+            other.merge(read_file(source).results)
+            assert numbers(other) == [(64, 1), (16, 2), (32, 3)]
+            other.merge([result(block_n=16, time_us=5.0, day=2)])  # a newer time, without a number
+            other.save_trial(result(block_n=128))
+            assert numbers(other) == [(64, 1), (16, 2), (32, 3), (128, 4)]
+
+
+def test_imported_results_without_numbers_get_none_and_come_first(store: Store) -> None:
+    store.save_trial(result(block_n=64))
+    store.merge([result(block_n=32), result(block_n=16)])
+    assert numbers(store) == [(32, None), (16, None), (64, 1)]
 
 
 def test_rows_persist_after_closing(path: Path) -> None:

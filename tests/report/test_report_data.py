@@ -17,6 +17,7 @@ from parallax_gen.bench.results_csv import ResultsCsv
 from parallax_gen.bench.rows import FULL_EFFORT, Conditions, Provenance, Row, read_rows
 from parallax_gen.bench.summary import means, times_ours
 from parallax_gen.errors import ParallaxGenError, UnknownGpuError
+from parallax_gen.memory.lines import read_file, write_lines
 from parallax_gen.memory.shipped import Memory, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
@@ -207,6 +208,26 @@ def test_a_history_shows_every_trial_and_the_best_so_far(store: Store) -> None:
         "trial 4: 200.0 µs, 1.00 times the best",
     ]
     assert drawn.improvements[1].y == drawn.y(1.0)
+
+
+def test_an_imported_study_shows_its_true_course(store: Store, tmp_path: Path) -> None:
+    """An export lists the fastest first; the trial numbers restore the order."""
+    for splits, time_us in ((1, 300.0), (2, 250.0), (3, 400.0), (4, 200.0)):
+        store.save_trial(make_record(time_us, splits=splits))
+    write_lines(tmp_path / "mine.jsonl", store.all())
+    with Store(tmp_path / "other.db") as other:
+        other.merge(read_file(tmp_path / "mine.jsonl").results)
+        (entry,) = report(other).shown
+        assert [trial.time_us for trial in entry.trials] == [300.0, 250.0, 400.0, 200.0]
+        drawn = history(entry)
+        assert drawn is not None
+        assert (len(drawn.improvements), drawn.unnumbered) == (3, 0)
+        other.merge([make_record(500.0, splits=6)])
+        (entry,) = report(other).shown
+        assert [trial.time_us for trial in entry.trials] == [500.0, 300.0, 250.0, 400.0, 200.0]
+        drawn = history(entry)
+        assert drawn is not None
+        assert drawn.unnumbered == 1
 
 
 def test_shipped_records_have_no_history(store: Store) -> None:

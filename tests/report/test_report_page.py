@@ -151,6 +151,20 @@ def test_a_page_of_shipped_records_explains_the_empty_sections(store: Store, tmp
     assert "shipped" in page.texts["kernels"]
 
 
+@pytest.mark.parametrize(
+    ("numbered", "note"),
+    [(0, "order of trials not recorded"), (1, "order of the first 1 not recorded"), (2, "")],
+)
+def test_a_study_says_if_its_order_is_not_recorded(store: Store, tmp_path: Path, numbered: int, note: str) -> None:
+    for n in range(2):
+        (store.save_trial if n < numbered else store.save)(make_record(200.0 + n, splits=n + 1))
+    run("report", "--out", tmp_path / "report.html")
+    text = " ".join(Page(tmp_path / "report.html").texts["trials"].split())
+    assert ("Older records have no trial number" in text) == bool(note)
+    assert note in text
+    assert ("not recorded" in text) == bool(note)
+
+
 def test_omitted_entries_are_mentioned(store: Store, tmp_path: Path) -> None:
     store.save(make_record(240.0))
     store.save(make_record(230.0, evidence_changes=OTHER_TOOLCHAIN))

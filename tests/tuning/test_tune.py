@@ -128,6 +128,17 @@ def test_every_outcome_is_stored_with_its_kind(store: Store, machine: Machine) -
     assert of[machine.compiled[6]].source == "measured on NVIDIA H200 SXM"
 
 
+def test_trials_are_numbered_in_the_order_in_which_they_end(store: Store, machine: Machine) -> None:
+    """Over several runs, and whichever configs are timed again in the finals."""
+    machine.measure = lambda config, n: timed(200.0 - n)
+    tune(store, trials=6)
+    tune(store, trials=4)
+    results = store.in_trial_order()
+    assert [r.trial for r in results] == list(range(1, 11))
+    first = list(dict.fromkeys(machine.compiled))
+    assert {r.config for r in results[:6]} == set(first[:6])
+
+
 def test_the_best_is_the_fastest_finalist(store: Store, machine: Machine) -> None:
     short, long = [100.0, 60.0, 80.0, 50.0, 70.0, 90.0], {3: 65.0, 1: 61.0}  # the fourth had a lucky short timing
 
