@@ -18,16 +18,16 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def data_dir(name: str) -> Path:
-    """The folder `name` ("templates", "tuning_db"): inside an installed package, beside it in a checkout.
+    """The folder `name` ("templates", "tuning_db", "figures"): inside an installed package, beside it in a checkout.
 
-    Raises ParallaxGenError if both are missing.
+    Raises ParallaxGenError if it is missing.
     """
-    candidates = (PACKAGE / name, PACKAGE.parent / name)
+    candidates = (PACKAGE / name, PACKAGE.parent / name, PACKAGE.parent / "docs" / name)
     for folder in candidates:
         if folder.is_dir():
             return folder
-    paths = " nor ".join(map(str, candidates))
-    raise ParallaxGenError(f"the data folder {name!r} is neither {paths}: install parallax-gen again")
+    paths = ", ".join(map(str, candidates))
+    raise ParallaxGenError(f"the data folder {name!r} is none of {paths}: install parallax-gen again")
 
 
 def user_path(variable: str, default: Callable[[], str]) -> Path:

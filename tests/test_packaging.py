@@ -84,6 +84,7 @@ def test_the_wheel_holds_the_package_and_its_data(wheel: Path, tracked: set[str]
         about = {name.partition(".dist-info/")[2] for name in archive.namelist()} - {""}
     package = {name for name in tracked if name.startswith("parallax_gen/")}
     data = {f"parallax_gen/{name}" for name in tracked if name.startswith(("templates/", "tuning_db/"))}
+    data |= {name.replace("docs/", "parallax_gen/", 1) for name in tracked if name.startswith("docs/figures/")}
     assert held == package | data
     assert {Path(name).suffix for name in held} >= {".py", ".typed", ".j2", ".css", ".js", ".jsonl", ".sql"}
     assert about == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}

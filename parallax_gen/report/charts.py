@@ -52,7 +52,10 @@ class Roof:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The roofline of one card: FLOP/s over FLOP/byte, with a point per entry."""
+    """The roofline of one card: FLOP/s over FLOP/byte, with a point per entry.
+
+    above, in_l2  how many points lie above their bound, and for how many of these all bytes fit the L2
+    """
 
     gpu: Gpu
     width: int
@@ -61,6 +64,8 @@ class Roofline:
     y: Scale
     roofs: tuple[Roof, ...]
     points: tuple[Point, ...]
+    above: int = 0
+    in_l2: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ def rooflines(entries: Iterable[Entry]) -> list[Roofline]:
             y=y,
             roofs=tuple(_roof(gpu, dtype, peak, x, y) for dtype, peak in peaks[gpu].items()),
             points=tuple(Point(x(i), y(r), _tip(entry), entry.place.spec.public_op) for entry, i, r in achieved),
+            above=sum(entry.is_above_bound for entry, _, _ in achieved),
+            in_l2=sum(entry.is_above_bound and entry.fits_l2 for entry, _, _ in achieved),
         )
         for gpu, achieved in by_gpu.items()
     ]
@@ -150,6 +157,7 @@ def _tip(entry: Entry) -> str:
     lines = [f"{entry.place.gpu}: {entry.place.spec}", str(entry.place.bucket)]
     lines.append(f"{number(entry.best.time_us)} µs, {number(entry.rate or 0)} {rate_unit(op)}")
     lines += [f"{entry.fraction_of_bound:.0%} of the bound"] if entry.fraction_of_bound is not None else []
+    lines += [entry.above_bound_note] if entry.is_above_bound else []
     lines += [f"{', '.join(entry.differences)}"] if entry.differences else []
     return "\n".join([*lines, brief(entry.best.config)])
 

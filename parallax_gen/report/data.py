@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import parallax_gen
@@ -13,6 +13,7 @@ from parallax_gen.bench.rows import Row
 from parallax_gen.bench.summary import LargestErrors, Mean, largest_errors, means, times_ours
 from parallax_gen.memory.descriptions import Origins, name_in_records
 from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import RecordTable
 from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import triton_version
@@ -20,6 +21,8 @@ from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.report.entries import Entry, by_place, entries_of, most_useful
 from parallax_gen.report.failures import Reason, reasons
+from parallax_gen.report.published import Published, published
+from parallax_gen.report.tiers import TierCount, tiers_of
 from parallax_gen.tuning.search.importances import MIN_TRIALS, importances
 
 
@@ -77,6 +80,50 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Card:
+    """The best of today's kernels on a card with this toolchain.
+
+    fraction  the median fraction of the roofline bound; None if none was measured or the card's peaks are unknown
+    gain      the geometric mean of the gains over the default; None if no place has both times
+    gains     the number of places that have both
+    """
+
+    fraction: float | None
+    gain: float | None
+    gains: int
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Card:
+        here = [entry for entry in entries if entry.state == "measured"]
+        fractions = [entry.fraction_of_bound for entry in here if entry.fraction_of_bound is not None]
+        gains = [entry.gain for entry in here if entry.gain is not None]
+        return cls(median(fractions) if fractions else None, geometric_mean(gains) if gains else None, len(gains))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A baseline's mean time relative to ours."""
+
+    baseline: str
+    ratio: Mean
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The baselines of one op on one card.
+
+    conditions  of published times: versions and date; "" for those of a bench file
+    changed     whether "all" or "some" of them are of a kernel that has changed since; "" if none is
+    """
+
+    gpu: str
+    op: str
+    bars: tuple[Bar, ...]
+    conditions: str
+    changed: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """The data of the page.
 
@@ -84,6 +131,8 @@ class Report:
     shown     the entries on the page, sorted by place
     left_out  the number of entries of other toolchains and kernels that are not shown
     by_place  every place that could be tuned, with its most informative entry
+    tiers     by card: on what evidence the kernels of these places rest, and what to run
+    published comparisons with other kernels that ship with the package
     ratios    other baselines' rows in the bench files, with their time relative to ours
     errors    the largest errors of the rows in the bench files, ours too, by card, op, part and baseline
     benches   the bench files as (file name, conditions, command)
@@ -93,6 +142,8 @@ class Report:
     shown: tuple[Entry, ...]
     left_out: int
     by_place: dict[Place, Entry | None]
+    tiers: dict[str, tuple[TierCount, ...]]
+    published: tuple[Published, ...]
     ratios: list[tuple[Row, float | None]]
     errors: dict[tuple[str, str, str, str], LargestErrors]
     benches: tuple[tuple[str, str, str], ...]
@@ -116,6 +167,28 @@ class Report:
         """Mean times relative to ours by card, op, part and baseline, over all shapes where both ran."""
         return means(self.ratios, _part_of_baseline)
 
+    @property
+    def cards(self) -> dict[str, Card]:
+        """How fast the best kernels of each card are, over all ops."""
+        return {gpu: Card.of([e for place, e in self.by_place.items() if e and place.gpu == gpu]) for gpu in self.tiers}
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """The mean times of other kernels by card and op: from the bench files, else the published ones."""
+        bars: dict[tuple[str, str], list[Bar]] = {}
+        for (gpu, op, part, baseline), mean in self.means.items():
+            if part in (op, "step"):  # a step's parts are in the section below
+                bars.setdefault((gpu, op), []).append(Bar(baseline, mean))
+        measured = [Comparison(gpu, op, tuple(of), "") for (gpu, op), of in bars.items()]
+        groups: dict[tuple[str, str], list[Published]] = {}
+        for row in self.published:
+            if (row.gpu, row.op) not in bars:
+                groups.setdefault((row.gpu, row.op), []).append(row)
+        return measured + [
+            Comparison(gpu, op, tuple(Bar(r.baseline, r.ratio) for r in rows), rows[0].conditions, _changed(rows))
+            for (gpu, op), rows in groups.items()
+        ]
+
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:
         """By op and GPU: how many buckets are in each state, and the median fraction of the bound of measured ones."""
         by_op: dict[str, dict[str, tuple[Counter[str], list[float]]]] = {}
@@ -128,6 +201,11 @@ class Report:
             op: {gpu: (states, median(fractions) if fractions else None) for gpu, (states, fractions) in by_gpu.items()}
             for op, by_gpu in by_op.items()
         }
+
+
+def _changed(rows: Sequence[Published]) -> str:
+    changed = {row.changed for row in rows}
+    return changed.pop() if len(changed) == 1 else "some"
 
 
 def _part_of_baseline(row: Row) -> tuple[str, str, str, str]:
@@ -152,7 +230,9 @@ def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environ
         gpus=names,
         shown=tuple(shown),
         left_out=len(entries) - len(shown),
-        by_place=by_place(shown, names),
+        by_place=(places := by_place(shown, names)),
+        tiers=tiers_of(places, RecordTable(results)),
+        published=tuple(published(names)),
         ratios=times_ours(by_op),
         errors=largest_errors(by_op, _part_of_baseline),
         benches=tuple(
@@ -183,6 +263,23 @@ def to_json(report: Report, memory: Memory) -> dict[str, Any]:
                 "best": origins.to_json(entry.best) if entry.best else None,
             }
             for entry in report.shown
+        ],
+        "tiers": [
+            {
+                "gpu": gpu,
+                "tier": count.tier.text,
+                "places": count.places,
+                "not_yet_checked": count.unchecked,
+                "commands": count.commands,
+                "without_command": count.left_out,
+            }
+            for gpu, counts in report.tiers.items()
+            for count in counts
+        ],
+        "published": [
+            {"gpu": row.gpu, "op": row.op, "baseline": row.baseline, **row.ratio._asdict()}
+            | {"conditions": row.conditions, "kernel_changed": row.changed}
+            for row in report.published
         ],
         "untuned": [
             {"gpu": place.gpu, "spec": place.spec.to_dict(), "bucket": place.bucket.to_dict()}

@@ -14,10 +14,10 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import RecordTable, comparable_default, default_of
 from parallax_gen.memory.result import Outcome, Result
 from parallax_gen.memory.shipped import Memory
-from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.hardware import MIB, Gpu
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import PUBLIC_OPS, KernelSpec
-from parallax_gen.problem.work import bound_us, rate
+from parallax_gen.problem.work import bound_us, rate, work_of
 from parallax_gen.tuning.job import worklist
 
 # The states of a bucket, best first.
@@ -85,6 +85,31 @@ class Entry:
         if self.best is None or self.best.time_us is None or self.gpu is None:
             return None
         return bound_us(self.place.spec, shape_of(self.best), self.gpu) / self.best.time_us
+
+    @property
+    def bytes(self) -> float:
+        """The memory traffic of a call that reads each input and writes each output once."""
+        return work_of(self.place.spec, shape_of(self.results[0])).bytes
+
+    @property
+    def is_above_bound(self) -> bool:
+        """Whether the best takes less time than the roofline bound."""
+        return self.fraction_of_bound is not None and self.fraction_of_bound > 1
+
+    @property
+    def fits_l2(self) -> bool:
+        """Whether all that a call reads and writes fits the card's L2, where repeated calls find it."""
+        return self.gpu is not None and self.bytes <= self.gpu.l2_bytes
+
+    @property
+    def above_bound_note(self) -> str:
+        """Why the best is faster than the bound; "" if it is not."""
+        if self.gpu is None or not self.is_above_bound:
+            return ""
+        size, l2 = f"{self.bytes / MIB:.0f} MiB", f"the L2 of {self.gpu.l2_bytes / MIB:.0f} MiB"
+        if self.fits_l2:
+            return f"faster than the bound: its {size} fit {l2}, which repeated calls read instead of memory"
+        return f"faster than the bound, which L2 does not explain: its {size} exceed {l2}"
 
 
 def entries_of(memory: Memory, results: Iterable[Result]) -> list[Entry]:

@@ -117,6 +117,7 @@ def _coverage_cell(place: Place, entry: Entry | None) -> Cell:
         return Cell("", "\n".join([*lines, tried]), entry.state, entry.key)
     lines.append(f"{number(best.time_us)} µs, {number(entry.rate or 0)} {rate_unit(spec.op)}")
     lines += [f"{fraction:.0%} of the roofline's bound"] if fraction is not None else []
+    lines += [entry.above_bound_note] if entry.is_above_bound else []
     lines.append(brief(best.config))
     lines += [f"{', '.join(entry.differences)}"] if entry.differences else []
     kind = "known" if fraction is None else f"share{bisect_right(FRACTIONS_OF_BOUND, fraction)}"

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is install
 
 # Figures that must exist, and selectors of their content.
 FIGURES = {
+    "#overview .card": ".bar rect",
+    "#overview .versus": "rect",
     "#tuned .tile": ".bar rect",
     "#tuned .matrix": ".cell",
     "#speed .matrix": ".cell",

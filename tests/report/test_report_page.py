@@ -17,7 +17,7 @@ from parallax_gen.codegen.render import render
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 
-SECTIONS = ["tuned", "speed", "roofline", "trials", "knobs", "failures", "kernels"]
+SECTIONS = ["overview", "tuned", "speed", "roofline", "trials", "knobs", "failures", "kernels"]
 VOID = {"meta", "link", "input", "br", "img", "path", "rect", "circle"}
 
 

@@ -1,0 +1,86 @@
+"""Published comparisons with other kernels: the CSVs of docs/figures/, which the package ships.
+
+They were measured on the cards that they name, by `parallax-gen bench`; docs/figures.md has the commands.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import geometric_mean
+
+from parallax_gen.bench.summary import Mean
+from parallax_gen.files import data_dir
+from parallax_gen.problem.workloads import TRAINING
+
+Row = dict[str, str]
+
+# Op -> the column of our time, and how the columns of other kernels' times end.
+TIMES = {TRAINING: ("step, ms", " step, ms"), "decode": ("parallax_gen, µs", ", µs")}
+MEAN, LEAST = " / ours, mean", " / ours, least"  # the columns of a table that has a row for each grid of shapes
+FULL_NAMES = {"CuTeDSL": "parallax-kernel CuTeDSL", "faster SDPA": "the faster SDPA (softmax)"}
+CHANGED = "no longer rendered"  # in the note of a row: the kernel has changed since
+
+
+@dataclass(frozen=True)
+class Published:
+    """The times of one baseline relative to ours on one card.
+
+    conditions  versions and date
+    changed     whether all rows, or some, were measured with a kernel that has changed since; "" if none was
+    """
+
+    gpu: str
+    op: str
+    baseline: str
+    ratio: Mean
+    conditions: str
+    changed: str
+
+
+def published(gpus: Iterable[str]) -> list[Published]:
+    """The published comparisons of these cards, op by op. Raises ParallaxGenError if the CSVs are missing."""
+    return [found for gpu in gpus for op in TIMES for found in _of_file(gpu, op)]
+
+
+def _of_file(gpu: str, op: str) -> Iterator[Published]:
+    # A card outside the table may have any name; only these files exist.
+    files = {path.name: path for path in data_dir("figures").glob("*.csv")}
+    path = files.get(f"{op}_{gpu}.csv")
+    if path is None:
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = list(rows[0])
+    ours, ending = TIMES[op]
+    if ours in names:
+        columns = {name.removesuffix(ending): name for name in names if name.endswith(ending) and name != ours}
+    else:
+        columns = {name.removesuffix(MEAN): name for name in names if name.endswith(MEAN)}
+    for name, column in columns.items():
+        timed = [row for row in rows if row[column]]
+        if ours in names:
+            ratios = [float(row[column]) / float(row[ours]) for row in timed]
+            mean = Mean(geometric_mean(ratios), min(ratios), len(ratios))
+        else:
+            mean = _mean_of_grids(name, timed)
+        yield Published(gpu, op, FULL_NAMES.get(name, name), mean, _conditions(rows[0]), _changed(timed))
+
+
+def _mean_of_grids(name: str, rows: list[Row]) -> Mean:
+    """The geometric mean over the shapes of all grids, from that of each grid."""
+    counts = [int(row["shapes"]) for row in rows]
+    logs = sum(count * math.log(float(row[name + MEAN])) for count, row in zip(counts, rows, strict=True))
+    return Mean(math.exp(logs / sum(counts)), min(float(row[name + LEAST]) for row in rows), sum(counts))
+
+
+def _conditions(row: Row) -> str:
+    torch = f"torch {row['torch']}, " if row["torch"] else ""
+    return f"{torch}Triton {row['Triton']}, {row['date']}"
+
+
+def _changed(rows: list[Row]) -> str:
+    changed = sum(CHANGED in row["note"] for row in rows)
+    return "" if not changed else "all" if changed == len(rows) else "some"
