@@ -38,10 +38,11 @@ from parallax_gen.errors import ParallaxGenError
 def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, all_environments: bool, as_json: bool) -> None:
     """Show in one HTML page what is tuned, how fast it is and why.
 
-    From your records and the shipped ones it shows which buckets are tuned, also on a roofline; the trials of each
-    search, which knobs matter, what failed and why; and the source of each best kernel. With --bench it also shows how
-    our times and errors compare with other kernels'. The page is one file that loads nothing else: it can be sent by
-    mail or opened from a disk.
+    It begins with what calls get on each card, the command that measures the rest, and published times of other
+    kernels. From your records and the shipped ones it shows which buckets are tuned, also on a roofline; the trials of
+    each search, which knobs matter, what failed and why; and the source of each best kernel. With --bench it also shows
+    how our times and errors compare with other kernels'. The page is one file that loads nothing else: it can be sent
+    by mail or opened from a disk.
 
     Each bucket shows results of today's kernels with this toolchain; if there are none, the newest results of other
     kernels or toolchains, which are marked.
