@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cli_samples import OTHER_KERNEL, OTHER_TOOLCHAIN, PLACE, SPEC, make_record, run, run_json
+from report_samples import write_page
 
 from parallax_gen.bench.rows import Provenance, Row
 from parallax_gen.bench.summary import Mean
@@ -186,6 +187,17 @@ def test_the_first_section_says_what_calls_get_and_how_fast(store: Store, tmp_pa
     assert page.of_class("tier1")
     assert page.of_class("slower")
     assert page.all("section")[0]["id"] == "overview"
+
+
+def test_the_first_section_names_the_knobs_that_matter_most(store: Store, tmp_path: Path) -> None:
+    from test_report_page import Page
+
+    page = Page(write_page(store, tmp_path))
+    result = run_json("report", "--gpu", "h200")
+    importances = next(kernel["importances"] for kernel in result["kernels"] if kernel["importances"])
+    text = page.texts["overview"]
+    assert next(iter(importances)) == max(importances, key=importances.__getitem__)
+    assert [knob in text for knob in importances] == [True] * 3 + [False] * (len(importances) - 3)
 
 
 def test_json_has_the_tiers_and_the_published_times(store: Store) -> None:
