@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,10 +13,13 @@ import click
 from parallax_gen.cli.models import ModelArgs, asked, asked_options
 from parallax_gen.cli.options import KernelArgs, chosen_gpu, complete_gpu, json_option, print_bucket, shape_option
 from parallax_gen.cli.text import print_json, print_tables, print_text
+from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.workloads import Sizes
 
 if TYPE_CHECKING:
     from parallax_gen.memory.descriptions import ListLine, Origins
+    from parallax_gen.memory.shipped import Memory
+    from parallax_gen.problem.hardware import Gpu
 
 TIERS = ("here", "toolchain", "sibling", "near", "default")  # report/listing.py's, which help must not import
 
@@ -26,6 +31,11 @@ TIERS = ("here", "toolchain", "sibling", "near", "default")  # report/listing.py
 @click.option("--tier", type=click.Choice(TIERS), help="Only configs that come from there, as the summary counts them.")
 @click.option("--summary", is_flag=True, help="Print only the summary.")
 @click.option("--all", "every", is_flag=True, help="List every config that was tried, not only those that calls get.")
+@click.option(
+    "--basket",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A JSON file of models and calls: print which share of its calls finds which kind of config on --gpu.",
+)
 @json_option
 def list_known(
     gpu: str | None,
@@ -35,6 +45,7 @@ def list_known(
     tier: str | None,
     summary: bool,
     every: bool,
+    basket: Path | None,
     as_json: bool,
 ) -> None:
     """List the configs that calls get, by kernel and sizes.
@@ -56,6 +67,9 @@ def list_known(
     if every and (tier or summary):
         raise click.UsageError("--all lists every config that was tried: leave out --tier and --summary")
     memory = open_memory()
+    if basket is not None:
+        _print_coverage(basket, chosen_gpu(gpu), memory, as_json)
+        return
     results = memory.all()
     table = RecordTable(results)
     if gpu is not None:
@@ -84,6 +98,23 @@ def list_known(
         print_text("no results of these kernels and sizes: calls get default configs, as parallax-gen explain shows")
     else:
         print_text("there are no results yet: run parallax-gen tune; until then calls get default configs")
+
+
+def _print_coverage(path: Path, gpu: Gpu, memory: Memory, as_json: bool) -> None:
+    from parallax_gen.problem.basket import basket_calls
+    from parallax_gen.report.coverage import coverage, coverage_table
+    from parallax_gen.report.listing import SUMMARY_LEGEND
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ArgumentError("--basket", f"{path}, which is not JSON ({error})", "a JSON file") from error
+    found = coverage(basket_calls(data, str(path)), gpu, memory)
+    if as_json:
+        print_json({"gpu": gpu.name, "coverage": [part.to_json() for part in found]})
+    else:
+        print_tables([coverage_table(found, gpu)])
+        print_text(SUMMARY_LEGEND)
 
 
 def _print(lines: list[ListLine], origins: Origins, summary: bool, every: bool) -> None:
