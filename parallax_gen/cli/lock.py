@@ -45,9 +45,9 @@ def lock(
 
     \b
     Example
-      parallax-gen lock -o kernels.lock --gpu h200 --op decode --shape 32,32/8,8192
-      parallax-gen lock -o kernels.lock --model Llama-3.2-1B --serving
-      parallax-gen lock -o kernels.lock --calls calls.jsonl --add
+      parallax-gen lock -o k.lock --gpu h200 --op decode --shape 32,32/8,8192
+      parallax-gen lock -o k.lock --model Llama-3.2-1B --serving
+      parallax-gen lock -o k.lock --calls calls.jsonl --add
     """
     from parallax_gen.memory.calls import read_calls
     from parallax_gen.memory.descriptions import open_memory
