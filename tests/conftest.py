@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 ON_A_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 
+# pytest-xdist's workers have it. Commands in pipes would fold what they print, as on a terminal.
+os.environ.pop("COLUMNS", None)
+
 # "ci" draws the same examples in every run: a failure comes from the change, not the draw, and is reproducible.
 # "explore" draws new examples: run `pytest --hypothesis-profile=explore` for an hour after the generator changed.
 # No deadline: the interpreter's time per case varies a hundredfold.
