@@ -22,7 +22,7 @@ ALIGNED_TO, STRIDE_LIMIT = 16, 2**40
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A descriptor of blocks of a dense (batch, rows, heads, head_dim) tensor, or of q and r as one tensor
+    """A descriptor of blocks of a dense (batch, rows, heads, head_dim) tensor, or of q and r as one tensor.
 
     name     the kernel's name for it
     tensors  what it describes: one tensor; or q and r, of which each block has the same rows. q is at the lower address

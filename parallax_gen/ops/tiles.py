@@ -229,7 +229,7 @@ class TiledOp(Op[T]):
     def descriptors_pay(self, config: T) -> bool:
         """Whether a default config on Hopper loads by descriptors: where they were faster on an H200.
 
-        Under Triton 3.6 and 3.9, with windows, GQA and softcap. Programs of 8 warps with wide tiles spill more by them.
+        Under Triton 3.6 and 3.9, with windows, GQA and softcap. Their loops take more registers: 8-warp programs spill.
         """
         return config.num_warps == 4
 
