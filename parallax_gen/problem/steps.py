@@ -120,10 +120,11 @@ def serving_steps(model: Model, run: Serving) -> list[Step]:
     """The steps of an engine, which calls `parallax_attn_with_kvcache`, and of a converted model's `generate`.
 
     An engine passes each sequence's length and packs the queries of prompts. `generate` has neither pages nor an 8-bit
-    cache. It computes a prompt at once, then decodes: one sequence, or max_batch sequences with padding before their
-    prompts. Layers with a window keep only the last `window` keys, so their kernels need no window, and none for
-    padding once it has left the cache. The prompts of a batch with padding are left out: they are computed once, and
-    with as many packed parts as there is padding.
+    cache. It computes prompts at once, then decodes: one sequence, or max_batch sequences with padding before their
+    prompts. Prompts with padding are packed sequences, three for each: the padding before it, the prompt, and the
+    padding after it. They are planned as if each had max_len tokens, so their times are upper bounds. Layers with a
+    window keep only the last `window` keys, so their decode kernels need no window, and none for padding once it has
+    left the cache.
     """
     where = f"pages of {run.page_size}" if run.page_size else "no pages"
     keys, chunk = f"up to {run.max_len} keys", min(run.chunk, run.max_len)
@@ -146,12 +147,10 @@ def serving_steps(model: Model, run: Serving) -> list[Step]:
 
 
 def _generation_steps(model: Model, run: Serving) -> list[Step]:
-    prompt: Counter[Kernel] = Counter()
-    for window, layers in model.windows:
-        shape = Shape(1, model.heads, model.kv_heads, run.max_len, run.max_len)
-        flags = Flags(window=window or None, softcap=model.softcap)
-        prompt.update(dict.fromkeys(kernels("forward", model.head_dim, model.dtype, shape, flags), layers))
-    steps = [Step("generate, prompt", f"{run.max_len} tokens at once", _calls(prompt))]
+    steps = [Step("generate, prompt", f"{run.max_len} tokens at once", _prompts(model, run, 1, padded=False))]
+    if run.max_batch > 1:
+        detail = f"{run.max_batch} of up to {run.max_len} tokens, with padding"
+        steps.append(Step("generate, prompts", detail, _prompts(model, run, 3 * run.max_batch, padded=True)))
     for batch in run.ends:
         calls: Counter[Kernel] = Counter()
         for window, layers in model.windows:
@@ -161,6 +160,15 @@ def _generation_steps(model: Model, run: Serving) -> list[Step]:
         padding = ", with padding before prompts" if batch > 1 else ""
         steps.append(Step(f"generate, batch {batch}", f"{run.max_len} keys{padding}", _calls(calls)))
     return steps
+
+
+def _prompts(model: Model, run: Serving, sequences: int, *, padded: bool) -> tuple[Call, ...]:
+    calls: Counter[Kernel] = Counter()
+    for window, layers in model.windows:
+        shape = Shape(sequences, model.heads, model.kv_heads, run.max_len, run.max_len)
+        flags = Flags(varlen=padded, window=window or None, softcap=model.softcap)
+        calls.update(dict.fromkeys(kernels("forward", model.head_dim, model.dtype, shape, flags), layers))
+    return _calls(calls)
 
 
 def _cached(model: Model, batch: int, queries: int, keys: int, flags: Flags) -> Kernel:

@@ -5,6 +5,7 @@ tests/codegen/test_peaked_rows.py measures the same in Triton's interpreter, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -78,10 +79,19 @@ def test_masks_and_caps(kind: str, options: dict[str, Any]) -> None:
     assert (lse.double() - expected.lse).abs().max() < (1e-2 if "softcap" in options else 1e-3)
 
 
+@pytest.fixture
+def tf32_matmuls() -> Iterator[None]:
+    """monkeypatch would delete the attribute, which is not one of the module's __dict__."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_tf32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("tf32_matmuls")
+def test_tf32(kind: str) -> None:
     """Tensor cores truncate q, k and v to 10 bits, which is most of the error: so does the reference here."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     x = [(t.view(torch.int32) & -0x2000).view(torch.float32) for t in inputs(kind, 64, "fp32")]
     out = parallax_attn_func(*x, causal=True)
     assert errors(out, reference_forward(*x, causal=True).out).relative < 1e-3

@@ -82,6 +82,9 @@ def test_generation_of_a_converted_model(name: str, tmp_path: Path) -> None:
     with recorded_kernels() as launched, torch.no_grad():
         model(prompts(1, 11))
     assert launched == kernels_of([steps["generate, prompt"]])
+    with recorded_kernels() as launched, torch.no_grad():
+        model(prompts(2, 11), attention_mask=padding([0, 3], [0, 0], 11))
+    assert launched == kernels_of([steps["generate, prompts"]])
     assert launched_by_the_last_step(model, described, 1) == kernels_of([steps["generate, batch 1"]])
     assert launched_by_the_last_step(model, described, 2) == kernels_of([steps["generate, batch 2"]])
 
