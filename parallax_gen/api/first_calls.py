@@ -15,7 +15,7 @@ import torch.distributed as dist
 from parallax_gen.api.targets import check_count, check_seconds
 from parallax_gen.errors import CONTEXT_BYTES, ConfigError, MachineError, MeasureError, StoreError, gist
 from parallax_gen.memory.lines import read_lines, to_line
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.memory.ranking import Tier, best
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import Gpu
@@ -78,13 +78,13 @@ class FirstCalls:
             return False
         begun = time.monotonic()
         try:
-            jobs = [Job(*kernel, gpu) for kernel in kernels_with(spec, shape)]
+            jobs = [Job.of(*kernel, gpu) for kernel in kernels_with(spec, shape)]
             untuned = [job for job in jobs if best(job.place, gpu, memory).tier != Tier.MEASURED_HERE]
             ranks = _ranks()
             if ranks is None:
                 return bool(untuned) and self._tune(untuned)
             rank, store = ranks
-            key = PREFIX + Place(gpu.name, spec, bucket_of(shape)).digest
+            key = PREFIX + place_of(gpu.name, spec, shape).digest
             if rank == 0:
                 return self._tune_for_all(jobs, untuned, lambda text: store.set(key, text))
             return bool(untuned) and self._wait_for_records(jobs, store, key)

@@ -15,7 +15,7 @@ from parallax_gen.describe import LEGEND, brief, format_counts, number, seqlen_t
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.guard import NOT_BORROWED, launch_candidates
 from parallax_gen.memory.lock import Lock
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import place_of
 from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, default_of
 from parallax_gen.ops.base import KernelConfig, config_to_dict
 from parallax_gen.problem.hardware import Gpu, gpu_by_name
@@ -151,7 +151,7 @@ def _instances(
     spec: KernelSpec, shape: Shape, card: Gpu, memory: RecordSource, lock: Lock | None
 ) -> list[KernelInstance]:
     """The kernels that a call may get: the locked one, the best, or borrowed ones and the default for their check."""
-    place = Place(card.name, spec, bucket_of(shape))
+    place = place_of(card.name, spec, shape)
     if lock is not None:
         return [KernelInstance(spec, lock.candidate(place, card).config, shape, card)]
     configs = [candidate.config for candidate in launch_candidates(place, card, memory)]

@@ -15,10 +15,9 @@ import click
 from parallax_gen.cli.options import Command, KernelArgs, kernel_options, print_bucket, with_options
 from parallax_gen.cli.text import print_tables, print_text
 from parallax_gen.describe import duration, format_counts
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.models import Model
-from parallax_gen.problem.shapes import bucket_of
 from parallax_gen.problem.steps import SERVING, Call, Serving, Step, Training, steps_of, title_of
 from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, Sizes
 
@@ -150,7 +149,7 @@ class Asked:
 
     def places(self, gpu: Gpu) -> list[Place]:
         """The places of the calls, each once."""
-        return [*dict.fromkeys(Place(gpu.name, call.spec, bucket_of(call.shape)) for call in self.calls)]
+        return [*dict.fromkeys(place_of(gpu.name, call.spec, call.shape) for call in self.calls)]
 
 
 def asked_options(command: Command, *, default: str = "") -> Command:

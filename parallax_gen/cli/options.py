@@ -141,7 +141,7 @@ def shape_option(
 
 
 # Flag -> its options, for messages. Whether queries are multi-token comes from the shape.
-_OPTIONS = {name: f"--{name}" for name in OPS_WITH_FLAG}
+_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in OPS_WITH_FLAG}
 _OPTIONS |= {"causal": "--causal or --full", "per_sequence_lengths": "--ragged"}
 
 
@@ -180,6 +180,7 @@ def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Com
         ),
         click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c); c is an argument of calls."),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
+        click.option("--batch-invariant", is_flag=True, help="A sequence's bits do not depend on the batch around it."),
     )
     return with_options(collect, options)  # type: ignore[return-value]
 

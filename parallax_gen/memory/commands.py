@@ -8,7 +8,7 @@ from pathlib import Path
 from parallax_gen.memory.place import Place
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import representative
-from parallax_gen.problem.spec import FLAGS, PER_SEQUENCE_LENGTH_OPS
+from parallax_gen.problem.spec import FLAGS
 
 
 def tune_command(place: Place) -> str:
@@ -32,11 +32,10 @@ def _options(place: Place) -> list[str]:
     command += ["--head-dim", f"{spec.head_dim}", "--dtype", spec.dtype, "--shape", f"{shape.batch},{heads},{lengths}"]
     if spec.window:  # a window over all keys would count as none; one key less rounds to the same bucket
         command += ["--window", f"{min(shape.window, shape.seqlen_kv - 1)}"]
-    elif not spec.causal and (
-        spec.multi_token or (spec.op in FLAGS["causal"] and spec.op not in PER_SEQUENCE_LENGTH_OPS)
-    ):
+    elif not spec.causal and (spec.multi_token or (spec.op in FLAGS["causal"] and not spec.per_sequence_lengths)):
         command.append("--full")
     command += [f"--{name}" for name in ("varlen", "stats", "ragged", "leftpad", "softcap") if spec.flat()[name]]
     command += ["--page-size", f"{spec.page_size}"] if spec.page_size else []
     command += ["--cache-dtype", spec.cache_dtype] if spec.cache_dtype else []
+    command += ["--batch-invariant"] * spec.batch_invariant
     return command

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.bounds import shown
 from parallax_gen.memory.old import spec_from
-from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.shapes import Bucket, Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 
 Scalar = str | int | bool
@@ -71,3 +71,28 @@ class Place:
         if place.flat() != flat:
             raise ArgumentError("place", shown(flat), f"only the fields {list(place.flat())}")
         return place
+
+
+# The sizes whose records choose the config of batch-invariant calls of any size: a training step of 64 (sequence, kv
+# head) pairs, a decode step of 8 sequences with 8 kv heads, and a chunk of their prompts.
+_INVARIANT_KV_ROWS, _INVARIANT_SEQLEN, _INVARIANT_CHUNK, _INVARIANT_WINDOW = 64, 4096, 512, 1024
+
+
+def place_of(gpu: str, spec: KernelSpec, sizes: Shape | Bucket) -> Place:
+    """The place whose records choose the config of a call.
+
+    Batch-invariant calls share one place for each head_dim, dtype, group, mask and softcap: their config may not depend
+    on the batch, on lengths, on how sequences lie in memory, or on which results are asked for. In training it is a
+    place of calls that are not batch-invariant, since their kernels are the same.
+    """
+    bucket = bucket_of(sizes) if isinstance(sizes, Shape) else sizes
+    if not spec.batch_invariant:
+        return Place(gpu, spec, bucket)
+    window = _INVARIANT_WINDOW * spec.window
+    if spec.per_sequence_lengths:
+        seqlen_q = _INVARIANT_CHUNK if spec.multi_token else 1
+        spec = replace(spec, varlen=False, page_size=0, leftpad=False, stats=False)
+    else:
+        seqlen_q = _INVARIANT_SEQLEN
+        spec = replace(spec.for_op(spec.op), varlen=False, batch_invariant=False)
+    return Place(gpu, spec, Bucket(_INVARIANT_KV_ROWS, seqlen_q, _INVARIANT_SEQLEN, window))

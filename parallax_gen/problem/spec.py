@@ -20,7 +20,7 @@ BYTES_PER_ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}
 # Field -> its name in records, result CSVs and kernels' names, if that differs. `memory/old.py` reads these.
 NAMES_IN_RECORDS = {"multi_token": "many_queries"}
 # Fields that were added after the first records: a record without such a field means its default.
-ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype", "softcap")
+ADDED_FIELDS = ("window", "varlen", "page_size", "leftpad", "many_queries", "cache_dtype", "softcap", "batch_invariant")
 
 # Ops that read query rows and no keys: they have no groups of heads, and no matmuls.
 QUERY_ROW_OPS = ("preprocess",)
@@ -36,6 +36,7 @@ FLAGS = {
     "leftpad": PER_SEQUENCE_LENGTH_OPS,
     "multi_token": PER_SEQUENCE_LENGTH_OPS,
     "softcap": ("forward", "dkdv", "dqdr", "decode", *PER_SEQUENCE_LENGTH_OPS),
+    "batch_invariant": ("forward", "preprocess", "dkdv", "dqdr", *PER_SEQUENCE_LENGTH_OPS),
 }
 
 
@@ -71,6 +72,9 @@ class KernelSpec:
     varlen    sequences are packed back to back, with offsets in cu_seqlens; in decode_varlen only their queries.
     softcap   scores s become c·tanh(s/c) before the softmax, as in Gemma 2; c, the softcap, is an argument of a launch.
 
+    batch_invariant  the bits of a sequence's results do not depend on the batch around it. Only decode_varlen has other
+                     kernels for it; see memory/place.py for the configs.
+
     Only decode_varlen:
 
     page_size    keys per page of a cache that a page table orders; 0 for a cache without pages.
@@ -95,12 +99,13 @@ class KernelSpec:
     multi_token: bool = False
     cache_dtype: str = ""
     softcap: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("op", self.op, OPS)
         if type(self.head_dim) is not int or self.head_dim % 8 or not 0 < self.head_dim <= LARGEST_HEAD_DIM:
             raise ArgumentError("head_dim", f"{self.head_dim!r:.80}", f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
-        is_query_row_op, per_sequence_lengths = self.op in QUERY_ROW_OPS, self.op in PER_SEQUENCE_LENGTH_OPS
+        is_query_row_op, per_sequence_lengths = self.op in QUERY_ROW_OPS, self.per_sequence_lengths
         _check_choice("dtype", self.dtype, DTYPES[:3] if is_query_row_op else DTYPES)
         if type(self.group) is not int or self.group < 1:
             raise ArgumentError("group", f"{self.group!r:.80}", "an int of 1 or more (query heads per kv head)")
@@ -138,6 +143,11 @@ class KernelSpec:
         return public_op_of(self.op)
 
     @property
+    def per_sequence_lengths(self) -> bool:
+        """Whether each sequence has its own number of keys, which the kernel reads on the device."""
+        return self.op in PER_SEQUENCE_LENGTH_OPS
+
+    @property
     def bytes_per_element(self) -> int:
         return BYTES_PER_ELEMENT[self.dtype]
 
@@ -151,7 +161,7 @@ class KernelSpec:
         if op in QUERY_ROW_OPS:
             # It has no matmuls, and reads only query rows.
             dtype = "fp32" if self.dtype == "tf32" else self.dtype
-            return KernelSpec(op, self.head_dim, dtype, varlen=self.varlen)
+            return KernelSpec(op, self.head_dim, dtype, varlen=self.varlen, batch_invariant=self.batch_invariant)
         return replace(self, op=op, stats=op == "forward")
 
     def flat(self) -> dict[str, Any]:
@@ -159,7 +169,7 @@ class KernelSpec:
         values = {NAMES_IN_RECORDS.get(name, name): value for name, value in vars(self).items()}
         values["op"] = self.public_op
         first = ("op", "head_dim", "dtype", "group", "causal", "stats")
-        return {name: values[name] for name in first} | {"ragged": self.op in PER_SEQUENCE_LENGTH_OPS} | values
+        return {name: values[name] for name in first} | {"ragged": self.per_sequence_lengths} | values
 
     def to_dict(self) -> dict[str, Any]:
         """`flat` without the fields of ADDED_FIELDS that have their default. `memory.old.spec_from` is the inverse."""
@@ -171,7 +181,7 @@ class KernelSpec:
         if self.op not in QUERY_ROW_OPS:
             parts.append("MHA" if self.group == 1 else f"GQA {self.group}:1")
         # A single query sees all keys of its window.
-        if self.op in FLAGS["causal"] and (self.op not in PER_SEQUENCE_LENGTH_OPS or self.multi_token or self.window):
+        if self.op in FLAGS["causal"] and (not self.per_sequence_lengths or self.multi_token or self.window):
             parts.append("window" if self.window else "causal" if self.causal else "full")
         parts += [name for name in ("varlen", "stats") if flat[name]]
         parts += [PER_SEQUENCE_LENGTHS_TEXT] * flat["ragged"] + ["leftpad"] * self.leftpad
@@ -179,6 +189,7 @@ class KernelSpec:
         parts += [f"pages of {self.page_size}"] * (self.page_size > 0)
         parts += [f"{self.cache_dtype} cache"] * (self.cache_dtype != "")
         parts += ["softcap"] * self.softcap
+        parts += ["batch-invariant"] * self.batch_invariant
         return ", ".join(parts)
 
 

@@ -96,6 +96,7 @@ class Flags:
     leftpad: bool = False
     cache_dtype: str = ""
     softcap: bool = False
+    batch_invariant: bool = False
 
     def apply_window(self, shape: Shape) -> Shape:
         """The shape with the requested window. A window of all keys counts as none, as at run time."""

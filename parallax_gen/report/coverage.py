@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.memory.ranking import RecordSource, Tier, best
 from parallax_gen.problem.basket import KINDS, BasketCall
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import bucket_of
 from parallax_gen.report.listing import TIER_WORDS
 from parallax_gen.tables import Table
 
@@ -36,7 +35,7 @@ def coverage(calls: Iterable[BasketCall], gpu: Gpu, memory: RecordSource) -> lis
     """By kind of call, and of all, last. Calls of one place add their weights. Borrowed kernels are not checked."""
     weights: dict[str, Counter[Place]] = {kind: Counter() for kind in KINDS}
     for call in calls:
-        weights[call.kind][Place(gpu.name, call.spec, bucket_of(call.shape))] += call.weight
+        weights[call.kind][place_of(gpu.name, call.spec, call.shape)] += call.weight
     tiers = {place: best(place, gpu, memory).tier for of_kind in weights.values() for place in of_kind}
     found = []
     for kind, of_kind in (*weights.items(), ("all", sum(weights.values(), Counter[Place]()))):

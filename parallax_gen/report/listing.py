@@ -41,6 +41,9 @@ LEGEND = (
 )
 
 
+BOOLEANS = ("stats", "varlen", "leftpad", "softcap", "batch_invariant")  # fields of Flags and of a spec
+
+
 @dataclass(frozen=True)
 class Filter:
     """The places that a user asks for. What is not given, "" or None, matches all.
@@ -68,7 +71,7 @@ class Filter:
 
     def _has_flags(self, place: Place) -> bool:
         flags, flat = self.flags, place.spec.flat()
-        wanted: dict[str, Any] = {name: getattr(flags, name) for name in ("stats", "varlen", "leftpad", "softcap")}
+        wanted: dict[str, Any] = {name: getattr(flags, name) for name in BOOLEANS}
         wanted |= {"ragged": flags.per_sequence_lengths, "page_size": flags.page_size, "cache_dtype": flags.cache_dtype}
         checked = {name: value for name, value in wanted.items() if value}
         checked |= {} if flags.causal is None else {"causal": flags.causal}

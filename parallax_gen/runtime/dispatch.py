@@ -23,7 +23,7 @@ from parallax_gen.errors import BuildError, StoreError, UntunedError
 from parallax_gen.memory.commands import lock_command, tune_command
 from parallax_gen.memory.guard import CompiledResources, cache_resources, cached_resources, checked_choice
 from parallax_gen.memory.lock import NO_CHECK, Lock, lock_of_environment
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, best
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
@@ -31,7 +31,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Shape, bucket_of
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.ranks import check_same_lock, is_first_rank
 
@@ -72,7 +72,7 @@ def choose(
 
     Raises LockError if the lock refuses the call.
     """
-    place = Place(gpu.name, spec, bucket_of(shape))
+    place = place_of(gpu.name, spec, shape)
     checked = checked_choice(place, gpu, memory, compiled, lock)
     choice = DispatchChoice(place, checked.candidate, checked.checked, checked.refused)
     for refused, reason in checked.refused:
@@ -130,7 +130,7 @@ class Dispatcher:
         Otherwise warns once if the kernel was not measured on this GPU with this toolchain, or raises UntunedError in
         strict mode: see `UntunedNotice`.
         """
-        place = Place(gpu.name, spec, bucket_of(shape))
+        place = place_of(gpu.name, spec, shape)
         chosen = self._kernels.get(place)
         if chosen is None:
             ensure_triton_cache()

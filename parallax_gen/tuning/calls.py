@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from functools import cached_property
 from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.calls import Kernel
 from parallax_gen.memory.guard import CheckedChoice, checked_choice
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.memory.ranking import RecordSource
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import representative
@@ -39,7 +40,9 @@ def plan_of_calls(counts: Mapping[Kernel, int], gpu: Gpu, memory: RecordSource) 
     """The plan for the calls of a recording on a card. Raises ArgumentError if there are none."""
     if not counts:
         raise ArgumentError("calls", "a recording of no calls", "one of calls on a CUDA device")
-    places = {Place(gpu.name, spec, bucket): count for (spec, bucket), count in counts.items()}
+    places: Counter[Place] = Counter()
+    for (spec, bucket), count in counts.items():
+        places[place_of(gpu.name, spec, bucket)] += count
     choices = {place: checked_choice(place, gpu, memory) for place in places}
     costs = {place: count * time_now_us(place, choices[place], gpu) for place, count in places.items()}
     total = left = sum(costs.values())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from parallax_gen.codegen.render import render
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.memory.ranking import (
     Tier,
     best,
@@ -26,7 +26,7 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig, OpKind, op_of
 from parallax_gen.ops.space import timed_shape
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Bucket, Shape, bucket_of, representative
+from parallax_gen.problem.shapes import Bucket, Shape, representative
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.work import work_of
 from parallax_gen.problem.workloads import NO_FLAGS, STEP, TRAINING, USUAL_HEAD_DIM, Flags, kernels, usual_shapes
@@ -39,6 +39,12 @@ class Job:
     spec: KernelSpec
     bucket: Bucket
     gpu: Gpu
+
+    @classmethod
+    def of(cls, spec: KernelSpec, sizes: Shape | Bucket, gpu: Gpu) -> Job:
+        """The job that tunes what calls of a kernel get at these sizes."""
+        place = place_of(gpu.name, spec, sizes)
+        return cls(place.spec, place.bucket, gpu)
 
     @property
     def place(self) -> Place:
@@ -121,7 +127,7 @@ def worklist(
             for dtype in dtypes:
                 for shape in op_shapes:
                     for spec, kernel_shape in kernels(op, head_dim, dtype, shape, flags):
-                        jobs[Job(spec, bucket_of(kernel_shape), gpu)] = None
+                        jobs[Job.of(spec, kernel_shape, gpu)] = None
     return list(jobs)
 
 
@@ -138,7 +144,7 @@ def grid_jobs(
         for dtype in dtypes:
             if not head_dims or head_dim in head_dims:
                 ((spec, kernel_shape),) = kernels("decode", head_dim, dtype, shape, flags)
-                jobs[Job(spec, bucket_of(kernel_shape), gpu)] = None
+                jobs[Job.of(spec, kernel_shape, gpu)] = None
     return list(jobs)
 
 

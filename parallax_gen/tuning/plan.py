@@ -15,13 +15,13 @@ from parallax_gen.describe import duration
 from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.guard import CheckedChoice, checked_choice
 from parallax_gen.memory.lock import Lock
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.memory.ranking import RecordSource, comparable, comparable_default, default_of
 from parallax_gen.memory.result import Result
 from parallax_gen.ops.base import KernelConfig, config_to_dict
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.models import Model, model_of
-from parallax_gen.problem.shapes import bucket_of, representative
+from parallax_gen.problem.shapes import representative
 from parallax_gen.problem.steps import Call, Step
 from parallax_gen.problem.work import bound_us
 from parallax_gen.tuning.job import Job, Progress, weakest_first
@@ -57,7 +57,7 @@ class Plan:
     choices: Mapping[Place, CheckedChoice]
 
     def place(self, call: Call) -> Place:
-        return Place(self.gpu.name, call.spec, bucket_of(call.shape))
+        return place_of(self.gpu.name, call.spec, call.shape)
 
     def bound_us(self, call: Call) -> float:
         """The roofline bound of a launch at the place's sizes."""
@@ -82,7 +82,7 @@ def plan_of(
     model: Model | str, steps: Sequence[Step], gpu: Gpu, memory: RecordSource, lock: Lock | None = None
 ) -> Plan:
     """The plan for steps on a card. Raises LockError if the lock refuses one of their kernels."""
-    places = {Place(gpu.name, call.spec, bucket_of(call.shape)): None for step in steps for call in step.calls}
+    places = {place_of(gpu.name, call.spec, call.shape): None for step in steps for call in step.calls}
     return Plan(model, steps, gpu, {place: checked_choice(place, gpu, memory, lock=lock) for place in places})
 
 

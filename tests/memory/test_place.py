@@ -12,12 +12,12 @@ from memory_samples import EVIDENCE, PLACE, SHAPE, config, result
 from strategies import random_spec
 
 from parallax_gen.errors import ArgumentError, ConfigError
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.memory.result import Evidence, Result, reading_order
 from parallax_gen.ops.base import OPS_BY_NAME, OpKind, config_from_dict, config_to_dict, config_to_json
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.preprocess import PreprocessConfig
-from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.shapes import Bucket, Shape, bucket_of
 from parallax_gen.problem.spec import DTYPES, NAMES_IN_RECORDS, OPS, KernelSpec
 
 TILED = {op.name: op.config for op in OPS_BY_NAME.values() if op.kind is OpKind.TILES}
@@ -55,7 +55,7 @@ def test_a_place_survives_json_and_has_one_text(place: Place, other: Place) -> N
 CACHES = ("spec.page_size", "spec.leftpad", "spec.many_queries", "spec.cache_dtype")
 # Fields that were added after the first records, and their defaults.
 ADDED_FIELDS = {
-    **dict.fromkeys(("spec.window", "spec.varlen", *CACHES, "spec.softcap"), False),
+    **dict.fromkeys(("spec.window", "spec.varlen", *CACHES, "spec.softcap", "spec.batch_invariant"), False),
     "spec.page_size": 0,
     "spec.cache_dtype": "",
     "bucket.window": 0,
@@ -70,6 +70,7 @@ PAGED = dataclasses.replace(
     spec=KernelSpec("decode_varlen", 64, "bf16", page_size=16, leftpad=True, multi_token=True, cache_dtype="e4m3"),
 )
 CAPPED = dataclasses.replace(PLACE, spec=dataclasses.replace(PLACE.spec, softcap=True))
+INVARIANT = dataclasses.replace(PLACE, spec=dataclasses.replace(PLACE.spec, batch_invariant=True))
 PARTS = {"spec": PLACE.spec.flat(), "bucket": vars(PLACE.bucket)}
 NAMES = ["gpu", *(f"{part}.{name}" for part, values in PARTS.items() for name in values)]
 
@@ -78,8 +79,10 @@ def test_every_field_counts() -> None:
     """A field added to a part of a place must be in its text, or two different places would share results."""
     fields = {NAMES_IN_RECORDS.get(f.name, f.name) for f in dataclasses.fields(KernelSpec)}
     assert set(PLACE.spec.flat()) == fields | {"ragged"}  # in records `ragged` says which decode it is
-    assert list(LATEST.flat()) == [name for name in NAMES if name not in (*CACHES, "spec.softcap")]
+    newest = ("spec.softcap", "spec.batch_invariant")
+    assert list(LATEST.flat()) == [name for name in NAMES if name not in (*CACHES, *newest)]
     assert list(CAPPED.flat()) == [name for name in NAMES if name not in ADDED_FIELDS or name == "spec.softcap"]
+    assert list(INVARIANT.flat()) == [*list(PLACE.flat())[:8], newest[1], *list(PLACE.flat())[8:]]
     assert list(PAGED.flat()) == [name for name in NAMES if name not in ADDED_FIELDS or name in CACHES]
     assert list(PLACE.flat()) == [name for name in NAMES if name not in ADDED_FIELDS]
     assert len(PAGED.order) == len(LATEST.order) == len(PLACE.order) == len(NAMES)
@@ -222,3 +225,24 @@ def test_config_errors_name_the_op_as_records_do() -> None:
     data = {"BLOCK_H": 8, "BLOCK_N": 64, "NUM_SPLITS": "8", "merge": "last", "num_warps": 4, "num_stages": 3}
     with pytest.raises(ConfigError, match=r"^decode config field NUM_SPLITS is '8'"):
         config_from_dict("decode_varlen", data)
+
+
+FORWARD = KernelSpec("forward", 64, "bf16", group=4, causal=True, window=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layouts"),
+    [(FORWARD, {"stats", "varlen"}), (PAGED.spec, {"stats", "varlen", "page_size", "leftpad"})],
+    ids=["forward", "decode"],
+)
+def test_batch_invariant_calls_share_one_place(spec: KernelSpec, layouts: set[str]) -> None:
+    """Whatever their sizes, how sequences lie in memory, and which results are asked for."""
+    changed = [dataclasses.replace(spec, **{name: 0 if name == "page_size" else True}) for name in layouts]
+    calls = [dataclasses.replace(each, batch_invariant=True) for each in (spec, *changed)]
+    window = 700 * spec.window
+    shapes = [Shape(1, 4, 4, 9, 9, window), Shape(300, 8, 8, 1000, 9000, 3 * window)]
+    (place,) = {place_of("h200", call, sizes) for call in calls for sizes in (*shapes, bucket_of(shapes[1]))}
+    assert place.spec.batch_invariant == spec.per_sequence_lengths  # in training the kernels are the usual ones
+    differ = [dataclasses.replace(calls[0], head_dim=256), dataclasses.replace(calls[0], group=5)]
+    assert place not in {place_of("h200", call, shapes[0]) for call in differ}
+    assert place_of("h200", spec, shapes[1]) == Place("h200", spec, bucket_of(shapes[1]))
