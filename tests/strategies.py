@@ -238,6 +238,25 @@ GOLDEN = {
         KernelSpec("dqdr", 96, "bf16"),
         DqDrConfig(64, 64, 4, num_warps=4, num_stages=3, HEAD_DIM_LAYOUT="chunked", LOADS="descriptors"),
     ),
+    "decode_varlen_batch_invariant": Kernel(
+        KernelSpec("decode_varlen", 128, "bf16", group=4, batch_invariant=True),
+        DecodeConfig(BLOCK_N=32, BLOCK_H=8, NUM_SPLITS=32, merge="kernel", num_warps=1, num_stages=4),
+    ),
+    "decode_varlen_batch_invariant_prompts": Kernel(
+        KernelSpec(
+            "decode_varlen",
+            128,
+            "bf16",
+            group=4,
+            causal=True,
+            window=True,
+            varlen=True,
+            page_size=16,
+            multi_token=True,
+            batch_invariant=True,
+        ),
+        DecodeConfig(BLOCK_N=64, BLOCK_H=64, NUM_SPLITS=8, merge="last", num_warps=8, num_stages=3),
+    ),
 }
 
 
@@ -256,7 +275,8 @@ def random_kernels(count: int, gpu: Gpu) -> list[Kernel]:
 def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSpec:
     """A random spec of an op, in one of the dtypes that the op supports."""
     odds = dict.fromkeys(FLAGS, 0.5) | {"softcap": 0.25}
-    flags = compatible_flags(op, {flag: draw.random() < odds[flag] for flag, ops in FLAGS.items() if op in ops})
+    del odds["batch_invariant"]  # only decode_varlen has other kernels for it
+    flags = compatible_flags(op, {flag: draw.random() < odds[flag] for flag in odds if op in FLAGS[flag]})
     head_dim = draw.choice(HEAD_DIMS)
     dtype = draw.choice([d for d in dtypes if d != "tf32" or op != "preprocess"])
     group = 1 if op == "preprocess" else draw.choice(GROUPS)
@@ -264,6 +284,7 @@ def random_spec(draw: random.Random, op: str, dtypes: Sequence[str]) -> KernelSp
         return KernelSpec(op, head_dim, dtype, group, **flags)
     page_size = draw.choice((0, 1, 16, 48, 64))
     cache_dtype = draw.choice(CACHE_DTYPES) if dtype in ("bf16", "fp16") else ""
+    flags["batch_invariant"] = draw.random() < 0.5
     return KernelSpec(op, head_dim, dtype, group, **flags, page_size=page_size, cache_dtype=cache_dtype)
 
 

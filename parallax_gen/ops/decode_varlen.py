@@ -43,6 +43,8 @@ class DecodeVarlenOp(CacheOp):
         return None
 
     def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
+        if spec.batch_invariant:  # for sequences alone as for large batches
+            return 8 if spec.multi_token else 32
         if spec.multi_token:
             return super().splits_wanted(spec, programs, gpu)
         # Few sequences are as long as the longest, and their keys must be split too.
@@ -60,6 +62,9 @@ class DecodeVarlenOp(CacheOp):
         """A tile's state for every work item: see decode_varlen.py.j2."""
         form = self.form(spec, config)
         tiles = -(-spec.group * seqlen_q // config.BLOCK_H)
+        if spec.batch_invariant:
+            items = batch * kv_heads * config.NUM_SPLITS * (1 if spec.multi_token else tiles)
+            return Scratch(items * form.state_rows * form.floats_per_row, items if config.merge == "last" else 0)
         split_units, tiles_per_unit = (batch * tiles, 1) if spec.multi_token else (batch, tiles)
         splits = split_units * config.NUM_SPLITS + -(-split_units // self.spare_split_every)
         items = tiles_per_unit * splits * kv_heads
@@ -67,6 +72,7 @@ class DecodeVarlenOp(CacheOp):
 
     def signatures(self, spec: KernelSpec, config: DecodeConfig) -> dict[str, Signature]:
         paged, many = spec.page_size > 0, spec.multi_token
+        counts_batch = spec.varlen or not spec.batch_invariant  # whether kernels look at the whole batch
         rows = {tensor: self._strides_of_rows(spec, tensor) for tensor in ("q", "r", "out")}
         keys = (Argument(tuple(f"stride_{c}{dim}" for dim in "bnh"), f"*{c}_cache.stride()[:3]") for c in "kv")
         pages = (
@@ -84,23 +90,24 @@ class DecodeVarlenOp(CacheOp):
             *rows["out"],
             *(number("stride_scale", "1 if k_scale.shape[0] > 1 else 0"),) * (spec.cache_dtype != ""),
             *score_scales(spec),
-            number("batch"),
+            *(number("batch"),) * counts_batch,
             number("kv_heads"),
             *(queries,) * many,
+            *(number("work_items_per_seq"),) * (many and spec.batch_invariant),
             longest,
             *window,
         )
-        unspecialised = ("kv_heads", "batch", "max_seqlen_kv", *("stride_tableb",) * paged)
+        unspecialised = ("kv_heads", *("batch",) * counts_batch, "max_seqlen_kv", *("stride_tableb",) * paged)
         unspecialised += ("queries_per_seq",) * (many and not spec.varlen) + ("window_size",) * spec.window
-        unspecialised += ("total_q",) * spec.varlen
+        unspecialised += ("total_q",) * spec.varlen + ("work_items_per_seq",) * (many and spec.batch_invariant)
         kernels = {"decode_varlen": Signature(passed, unspecialised)}
+        unspecialised_of_merge = ("kv_heads", *("batch",) * counts_batch, "max_seqlen_kv")
+        unspecialised_of_merge += ("window_size",) * spec.window
         if config.merge == "kernel":
             lengths = ("cache_seqlens", *("cache_leftpad",) * spec.leftpad)
             tensors = pointers((*self.written(spec), *lengths, "scratch"))
-            passed = (*tensors, *rows["out"], number("batch"), number("kv_heads"), longest, *window)
-            kernels["merge"] = Signature(
-                passed, ("kv_heads", "batch", "max_seqlen_kv", *("window_size",) * spec.window)
-            )
+            sizes = (*(number("batch"),) * counts_batch, number("kv_heads"), longest, *window)
+            kernels["merge"] = Signature((*tensors, *rows["out"], *sizes), unspecialised_of_merge)
         return kernels
 
     def _strides_of_rows(self, spec: KernelSpec, tensor: str) -> tuple[Argument, ...]:
@@ -145,10 +152,13 @@ class DecodeVarlenOp(CacheOp):
             scaled = "factors of the stored keys and values"
             yield "k_scale, v_scale", f"(1,) or ({kv_heads},) fp32, of the same size: {scaled}"
         state_size = form.state_rows * form.floats_per_row
-        yield "scratch", f"work_items * {kv_heads} * {state_size} fp32 numbers, work_items as computed below"
+        items, computed = "work_items", ", work_items as computed below"
+        if spec.batch_invariant and spec.multi_token:
+            items, computed = "batch * NUM_SPLITS", ""
+        yield "scratch", f"{items} * {kv_heads} * {state_size} fp32 numbers{computed}"
         if config.merge == "last":
             counters = "int32, 0 before and after every launch"
-            yield "arrival_counters", f"work_items * {kv_heads} {counters}"
+            yield "arrival_counters", f"{items} * {kv_heads} {counters}"
         if spec.softcap:
             yield "softcap", SOFTCAP_ABOUT
         if spec.window:

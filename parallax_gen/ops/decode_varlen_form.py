@@ -128,7 +128,17 @@ class VarlenForm(CacheForm):
     @property
     def one_page(self) -> bool:
         """Whether a block of keys lies in one page."""
-        return self.spec.page_size > 0 and self.spec.page_size % self.config.BLOCK_N == 0
+        return self._blocks_fit_pages and self.spec.page_size > 0 and self.spec.page_size % self.config.BLOCK_N == 0
+
+    @property
+    def _blocks_fit_pages(self) -> bool:
+        """Whether blocks may begin at page borders: batch-invariant ones begin at the sequence's first key."""
+        return not (self.spec.batch_invariant and self.spec.leftpad)
+
+    @property
+    def blocks_begin_early(self) -> bool:
+        """Whether a tile's first block may have keys before the first visible one, whose pages may be freed."""
+        return self.spec.batch_invariant and self.spec.window
 
     @property
     def pages_per_block(self) -> int:
@@ -139,6 +149,8 @@ class VarlenForm(CacheForm):
     @property
     def few_pages(self) -> bool:
         """Whether a block covers few enough pages to keep each page's index in a scalar."""
+        if self.spec.batch_invariant and self.has_visible_begin:  # a window may begin in any of a block's pages
+            return False
         return 2 <= self.pages_per_block <= 8 and self.spec.page_size > 1
 
     @property
@@ -163,7 +175,7 @@ class VarlenForm(CacheForm):
         """What is added to the offset of a split among the keys of its tile: the start of the tile's first block."""
         if not self.has_visible_begin:
             return ""
-        return "first_block_start + " if self.block_alignment else "visible_begin + "
+        return "first_block_start + " if self.block_alignment or self.blocks_begin_early else "visible_begin + "
 
     @property
     def visible_begin(self) -> str:
@@ -241,6 +253,9 @@ class VarlenForm(CacheForm):
     @property
     def max_work_items(self) -> str:
         """The number of work items that `launch` provides."""
+        if self.spec.batch_invariant:
+            tiles = f"{self.tiles_per_group} * " * (self.tiles_per_group > 1)
+            return "batch * work_items_per_seq" if self.spec.multi_token else f"{tiles}batch * NUM_SPLITS"
         if self.spec.multi_token:
             return "num_tiles * NUM_SPLITS + triton.cdiv(num_tiles, SPARE_SPLIT_EVERY)"
         work_items = "batch * NUM_SPLITS + triton.cdiv(batch, SPARE_SPLIT_EVERY)"
@@ -261,7 +276,14 @@ class VarlenForm(CacheForm):
     def lengths_of_seq(self) -> dict[str, str]:
         """The results of `_load_lengths` that a program needs -> its names for them."""
         names = {"seqlen_kv": "seqlen_kv", "visible_begin": self.visible_begin, "num_blocks": "num_blocks"}
+        if self.spec.batch_invariant and self.tile_blocks != "num_blocks":
+            del names["num_blocks"]
         return {**names, "seqlen_q": "seqlen_q"} if self.spec.multi_token else names
+
+    @property
+    def lengths_of_splits(self) -> dict[str, str]:
+        """`lengths_of_seq` for a merge kernel, which only counts splits."""
+        return {"num_blocks": "num_blocks"} if self.tile_blocks == "num_blocks" else self.lengths_of_seq
 
     def name_lengths(self, names: dict[str, str]) -> str:
         """The variables that the results of `_load_lengths` are assigned to: `_` for a result not in `names`."""
@@ -271,7 +293,7 @@ class VarlenForm(CacheForm):
     @property
     def min_blocks_per_split(self) -> int:
         """The least number of key blocks that is worth a program of its own."""
-        return max(1, 64 // self.config.BLOCK_N)
+        return max(1, (128 if self.spec.batch_invariant else 64) // self.config.BLOCK_N)
 
     # -- merging
 
@@ -293,17 +315,25 @@ class VarlenForm(CacheForm):
             Constant("BLOCK_N", config.BLOCK_N, "keys per iteration"),
             *[Constant("PAGE_SIZE", spec.page_size, "keys per page of the cache")] * (spec.page_size > 0),
             *[Constant("PAGES_PER_BLOCK", "BLOCK_N // PAGE_SIZE", "pages per block of keys")] * self.few_pages,
-            *[Constant("NUM_SPLITS", config.NUM_SPLITS)] * self.is_split,
-            Constant("SPARE_SPLIT_EVERY", self.spare_split_every),
+            *self._schedule,
             Constant("STATE_ROWS", self.state_rows, "rows of a split's state"),
             Constant("SPLIT_FLOATS", "STATE_ROWS * (2 * HEAD_DIM + 4)", layout),
             LOWEST_M,
             *[LN_2] * spec.stats,
-            Constant("BLOCK_SEQS", 32, "sequences per step of a scan, one per lane: a sum needs no shared memory"),
+            *[Constant("BLOCK_SEQS", 32, "sequences per step of a scan, one per lane: a sum needs no shared memory")]
+            * (not spec.batch_invariant),
             Constant("MIN_BLOCKS_PER_SPLIT", self.min_blocks_per_split, "fewer are not worth a program"),
             *[Constant("TILES_PER_GROUP", self.tiles_per_group, "tiles per group of query heads")]
             * (self.tiles_per_group > 1 and not spec.multi_token),
         )
+
+    @property
+    def _schedule(self) -> tuple[Constant, ...]:
+        """The constants of how many splits there are."""
+        splits = Constant("NUM_SPLITS", self.config.NUM_SPLITS)
+        if self.spec.batch_invariant:
+            return (splits,)
+        return (*[splits] * self.is_split, Constant("SPARE_SPLIT_EVERY", self.spare_split_every))
 
     @property
     def merge_constants(self) -> tuple[Constant, ...]:
@@ -324,11 +354,10 @@ class VarlenForm(CacheForm):
             *self.dim_constants,
             Constant("GROUP", self.spec.group, "query heads per kv head"),
             Constant("BLOCK_N", self.config.BLOCK_N, as_before),
-            *[Constant("NUM_SPLITS", self.config.NUM_SPLITS)] * self.is_split,
-            Constant("SPARE_SPLIT_EVERY", self.spare_split_every),
+            *self._schedule,
             Constant("STATE_ROWS", self.state_rows),
             Constant("SPLIT_FLOATS", "STATE_ROWS * (2 * HEAD_DIM + 4)"),
-            Constant("BLOCK_SEQS", 32),
+            *[Constant("BLOCK_SEQS", 32)] * (not self.spec.batch_invariant),
             Constant("MIN_BLOCKS_PER_SPLIT", self.min_blocks_per_split),
             *(tiles if self.tiles_per_group > 1 else ()),
             *[LN_2] * self.spec.stats,
