@@ -13,6 +13,7 @@ from parallax_gen.ops.descriptors import Descriptor
 from parallax_gen.ops.head_dim import Chunk, width_of
 from parallax_gen.ops.signature import SOFTCAP_ABOUT, Constant, Index, Padding, dim_constants
 from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 PRECISIONS = {"fp32": ', input_precision="ieee"', "tf32": ', input_precision="tf32"'}
@@ -217,7 +218,7 @@ class TileForm:
 
     @property
     def grid(self) -> str:
-        """The number of programs of a launch."""
+        """The number of programs of a launch; `programs_of` computes it."""
         return f"{'2 * ' * self.splits_head_dim}num_tiles * batch * {self.op.heads}"
 
     @property
@@ -282,6 +283,13 @@ class TileForm:
     def padding_rows_doc(self) -> str:
         """What the kernel writes to rows of no sequence, in words."""
         return f"{' and '.join(self.vectors)} are 0"
+
+
+def programs_of(op: TiledOp[Any], config: TileConfig, shape: Shape) -> int:
+    """The number of programs of a launch: the value of `TileForm.grid`."""
+    heads, length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
+    num_tiles = -(-length // op.owned_and_streamed(config)[0])
+    return programs_per_tile(config) * num_tiles * shape.batch * heads
 
 
 def tile_fields(

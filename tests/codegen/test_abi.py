@@ -15,7 +15,11 @@ from parallax_gen.codegen.build import load
 from parallax_gen.codegen.render import render
 from parallax_gen.ops.base import KernelConfig, Scratch, op_of
 from parallax_gen.ops.decode import DecodeConfig
+from parallax_gen.ops.dkdv import DkDvConfig
+from parallax_gen.ops.dqdr import DqDrConfig
 from parallax_gen.ops.forward import ForwardConfig
+from parallax_gen.ops.tile_form import programs_of
+from parallax_gen.ops.tiles import TileConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -38,14 +42,15 @@ def scratch_of(spec: KernelSpec, config: KernelConfig, *sizes: int) -> Scratch:
     return op_of(spec).scratch(spec, config, *sizes)
 
 
-def grid_of(spec: KernelSpec, config: DecodeConfig, shape: Shape) -> tuple[int, ...]:
+def grid_of(spec: KernelSpec, config: KernelConfig, shape: Shape) -> tuple[int, ...]:
     module, recorded = load(render(spec, config, GPU)), RecordingKernel()
-    kernel = module.decode_varlen_kernel
-    module.decode_varlen_kernel = recorded  # type: ignore[attr-defined]
+    name = f"{spec.op}_kernel"
+    kernel = getattr(module, name)
+    setattr(module, name, recorded)
     try:
         module.launch(*prepare(spec, config, empty_inputs(spec, shape, "cpu")).arguments(1.0))
     finally:
-        module.decode_varlen_kernel = kernel  # type: ignore[attr-defined]
+        setattr(module, name, kernel)
     return recorded.grid
 
 
@@ -77,6 +82,19 @@ def test_decode_varlen_launches_a_program_per_work_item(
     if not spec.multi_token:  # a second kernel may merge these, without an arrival counter
         config = replace(config, merge="kernel")
         assert scratch_of(spec, config, shape.batch, shape.kv_heads) == replace(found, counters=0)
+
+
+@pytest.mark.parametrize("shape", [Shape(3, 6, 2, 65, 130), Shape(1, 3, 1, 64, 128)])
+@pytest.mark.parametrize(("head_dim", "layout"), [(64, "native"), (256, "split")])
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize(("op", "config"), [("forward", ForwardConfig), ("dkdv", DkDvConfig), ("dqdr", DqDrConfig)])
+def test_a_tiled_launch_has_as_many_programs_as_computed(
+    op: str, config: type[TileConfig], varlen: bool, head_dim: int, layout: str, shape: Shape
+) -> None:
+    spec = KernelSpec(op, head_dim, "bf16", group=3, causal=True, varlen=varlen, stats=op == "forward")
+    tiles = config(64, 32, 4, 4, 2, layout)
+    tiled_op: Any = op_of(spec)
+    assert (programs_of(tiled_op, tiles, shape),) == grid_of(spec, tiles, shape)
 
 
 def test_prepared_scratch_has_the_needed_size() -> None:

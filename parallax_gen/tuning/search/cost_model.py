@@ -15,7 +15,8 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Op, OpKind, op_of
 from parallax_gen.ops.decode_form import DecodeConfig
 from parallax_gen.ops.preprocess import PreprocessConfig
-from parallax_gen.ops.tiles import TileConfig, TiledOp, programs_per_tile
+from parallax_gen.ops.tile_form import programs_of
+from parallax_gen.ops.tiles import TileConfig, TiledOp
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -52,9 +53,9 @@ def _tiles_us(
 ) -> float:
     """Tiled ops: bound by matmuls, at a rate reduced by whatever keeps the tensor cores waiting."""
     work, (owned, streamed) = work_of(spec, shape), op.owned_and_streamed(config)
-    owned_heads, owned_length = (shape.kv_heads, shape.seqlen_kv) if op.owns_keys else (shape.heads, shape.seqlen_q)
-    programs_per_head = programs_per_tile(config) * math.ceil(owned_length / owned)
-    programs = shape.batch * owned_heads * programs_per_head
+    owned_heads = shape.kv_heads if op.owns_keys else shape.heads
+    programs = programs_of(op, config, shape)
+    programs_per_head = programs // (shape.batch * owned_heads)
     rate = op.costs.reached * gpu.peak(spec.dtype) * _matmul_efficiency(op, spec, config, gpu)
     rate *= op.instructions_factor(spec, config)
     # One program must multiply while another does its softmax: the warps of one program wait for each other.
