@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,12 @@ class CountingCache(PlanCache[Any]):
         pass
 
 
+class PlannedKernel(HostPlan):
+    """In place of a kernel's plan."""
+
+    programs_per_sm = math.inf
+
+
 @contextmanager
 def recorded_kernels() -> Iterator[Counter[Kernel]]:
     """Counts the launches of each kernel. The results of calls are those of the CPU reference."""
@@ -33,7 +40,7 @@ def recorded_kernels() -> Iterator[Counter[Kernel]]:
 
     def plan_launch(spec: KernelSpec, shape: Shape, *_: object) -> HostPlan:
         launched[spec, bucket_of(shape)] += 1
-        return HostPlan(is_empty=False)
+        return PlannedKernel(is_empty=False)
 
     def plan_backward(*arguments: Any) -> HostPlan:
         plan = original(*arguments)

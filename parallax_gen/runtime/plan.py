@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.ops.base import Scratch, op_of
+from parallax_gen.ops.tile_form import programs_of
+from parallax_gen.ops.tiles import TiledOp
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.described import DescribedTensors, described_tensors
@@ -100,11 +103,12 @@ class HostPlan:
 class LaunchPlan:
     """Launches a rendered module, always on tensors of the sizes and strides that the plan was made for.
 
-    spec       of the module: its op says which tensors its `launch` takes
-    scalars    those that `launch` takes after the tensors
-    renamed    op's tensor name -> the request's field name, for tensors whose names differ
-    described  the tensors that the module loads by descriptors, and another module for tensors that allow none
-    count      counts the launches
+    spec             of the module: its op says which tensors its `launch` takes
+    scalars          those that `launch` takes after the tensors
+    renamed          op's tensor name -> the request's field name, for tensors whose names differ
+    described        the tensors that the module loads by descriptors, and another module for tensors that allow none
+    count            counts the launches
+    programs_per_sm  a tiled op's programs in a launch, for each multiprocessor of the card; inf for other ops
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class LaunchPlan:
         renamed: Mapping[str, str] = MappingProxyType({}),
         described: DescribedTensors | None = None,
         count: CallCount | None = None,
+        programs_per_sm: float = math.inf,
     ):
         self._module = module
         op = op_of(spec)
@@ -128,6 +133,7 @@ class LaunchPlan:
         self._scalars = scalars
         self._device = device
         self._described = described
+        self.programs_per_sm = programs_per_sm
         self.scratch = scratch
         self._count = CallCount() if count is None else count
         self._workspace = shared_workspace(device) if scratch.floats else None
@@ -184,9 +190,12 @@ def plan_launch(
     """The plan to launch the best known kernel for `spec` at `shape`. scalars, renamed: see `LaunchPlan`."""
     gpu = gpu_of_device(device)
     choice, module = default_dispatcher().kernel(spec, shape, gpu)
-    scratch = op_of(spec).scratch(spec, choice.config, shape.batch, shape.kv_heads, shape.seqlen_q)
-    described, count = described_tensors(spec, choice.config, gpu), call_counts().of(spec, shape)
-    return LaunchPlan(module, spec, scalars, device, scratch, renamed, described, count)
+    op = op_of(spec)
+    config: Any = choice.config
+    scratch = op.scratch(spec, config, shape.batch, shape.kv_heads, shape.seqlen_q)
+    described, count = described_tensors(spec, config, gpu), call_counts().of(spec, shape)
+    per_sm = programs_of(op, config, shape) / gpu.sms if isinstance(op, TiledOp) else math.inf
+    return LaunchPlan(module, spec, scalars, device, scratch, renamed, described, count, per_sm)
 
 
 def host_plan(q: Tensor, k: Tensor) -> HostPlan | None:
