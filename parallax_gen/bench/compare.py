@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from parallax_gen.bench.baselines import BASELINES, OURS, baselines_of
+from parallax_gen.bench.baselines import BASELINES, BATCH_INVARIANT, OURS, baselines_of
 from parallax_gen.bench.baselines.base import Baseline, Prepared, autotuning_with_few_calls
 from parallax_gen.bench.cases import Case, bytes_needed
 from parallax_gen.bench.conditions import our_kernels
@@ -29,7 +29,7 @@ from parallax_gen.memory.shipped import Memory
 from parallax_gen.oracle.peaked import FEWEST_KEYS
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
-from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.spec import KernelSpec, batch_invariant_spec
 from parallax_gen.problem.work import bound_by_matmuls, rate
 from parallax_gen.problem.workloads import TRAINING
 from parallax_gen.tuning.workers.measure import time_call, time_eagerly
@@ -78,8 +78,10 @@ def _untimed_rows(case: Case, names: Sequence[str], card: Gpu, memory: Memory, c
     rows = []
     for baseline in baselines_of(op):
         if baseline.name in names:
-            is_ours = baseline.name == OURS
-            package = our_kernels(op, spec, shape, card, memory) if is_ours else baseline.package()
+            package = baseline.package()
+            if baseline.name in (OURS, BATCH_INVARIANT):
+                ours = batch_invariant_spec(spec) if baseline.name == BATCH_INVARIANT else spec
+                package = our_kernels(op, ours, shape, card, memory)
             row = Row(baseline.name, op, "", spec, shape, package=package, conditions=conditions, lengths=lengths)
             rows += [replace(row, part=part) for part in PARTS[op]]
     return rows
@@ -170,7 +172,7 @@ def _check(baseline: Baseline, op: str, spec: KernelSpec, inputs: Inputs, oracle
         torch.cuda.synchronize()
         return _Checked(prepared, {} if baseline.softmax else oracle_check.errors(results))
     except Exception as failure:  # any failure of a baseline is a result of the comparison
-        if baseline.name == OURS:
+        if baseline.name in (OURS, BATCH_INVARIANT):
             raise
         _check_machine(failure)
         _check_device(baseline.name, failure)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from parallax_gen.bench.baselines import BASELINES, OURS
+from parallax_gen.bench.baselines import BASELINES, BATCH_INVARIANT, OURS
 from parallax_gen.bench.cases import CaseError, Lengths, cases_of, quick_cases
 from parallax_gen.bench.plots import draw, picture_error
 from parallax_gen.bench.results_csv import ResultsCsv
@@ -119,6 +119,8 @@ def bench(
     are timed, through torch's autograd; "error" is the largest of output and gradients. Softmax has half the matmuls of
     Parallax. A baseline that is not installed, or has no such kernel, gets a note instead of a time.
 
+    With --batch-invariant our functions are also timed with batch_invariant=True: what it costs.
+
     A shape that does not fit the card's memory is skipped. After Ctrl-C the same command with the same --csv continues:
     rows of the same card, versions, kernels and settings are not timed again.
 
@@ -130,7 +132,7 @@ def bench(
     Baselines
       SDPA flash, SDPA cuDNN, flash-attn 2, flash-attn 3, flash-attn 4,
       parallax-kernel CuTeDSL, parallax-kernel Triton, parallax-kernel Helion,
-      fla, parallax_gen
+      fla, parallax_gen, batch-invariant
 
     \b
     Example
@@ -140,6 +142,7 @@ def bench(
       parallax-gen bench --grid serving --skip fla --picture serving.png
       parallax-gen bench --shape 8,32/8,4096 --lengths 4096,7x128
       parallax-gen bench --grid serving --ragged --page-size 0 --page-size 16
+      parallax-gen bench --grid serving --batch-invariant --only parallax_gen
     """
     if lengths is not None:
         ops, flags = ops or ("decode",), replace(flags, per_sequence_lengths=True)
@@ -154,11 +157,15 @@ def bench(
             raise click.UsageError("--picture needs --op decode")
         if reason := picture_error(picture):
             raise click.UsageError(reason)
+    names = [name for name in only or BASELINES if name not in skip]
+    if flags.batch_invariant and not host:  # one more of the baselines, at the same cases
+        flags, names = replace(flags, batch_invariant=False), list(dict.fromkeys((OURS, BATCH_INVARIANT, *names)))
+    elif BATCH_INVARIANT not in only:
+        names = [name for name in names if name != BATCH_INVARIANT]
     try:
         cases = list(cases_of(ops, head_dim, dtype, shapes, grid, flags, page_sizes, lengths))
     except CaseError as error:
         raise click.UsageError(str(error)) from error
-    names = [name for name in only or BASELINES if name not in skip]
     if not names:
         raise click.UsageError("--only and --skip leave no baseline to time")
     card = device.gpu_here(0)

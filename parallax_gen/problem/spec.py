@@ -193,6 +193,12 @@ class KernelSpec:
         return ", ".join(parts)
 
 
+def batch_invariant_spec(spec: KernelSpec) -> KernelSpec:
+    """The spec of the same call with batch_invariant=True: of decode with per-sequence lengths, if it is decode."""
+    op = PER_SEQUENCE_LENGTH_OPS[0] if spec.public_op == public_op_of(PER_SEQUENCE_LENGTH_OPS[0]) else spec.op
+    return replace(spec, op=op, batch_invariant=True)
+
+
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed or type(value) is not type(allowed[0]):
         raise ArgumentError(name, f"{value!r:.80}", ", ".join(map(str, allowed)))

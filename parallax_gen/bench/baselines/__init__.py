@@ -11,7 +11,7 @@ BASELINES: dict[str, Baseline] = {
     for package in (ours, torch_sdpa, flash_attn, parallax_kernel, fla)
     for baseline in package.BASELINES
 }
-OURS = ours.BASELINES[0].name
+OURS, BATCH_INVARIANT = (baseline.name for baseline in ours.BASELINES)
 
 
 def baselines_of(op: str) -> list[Baseline]:

@@ -1,11 +1,11 @@
-"""Our own public functions."""
+"""Our own public functions, by default and with batch_invariant=True."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from parallax_gen.bench.baselines.base import AttentionCall, Baseline, Step, gradient_of_output, leaves
-from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.spec import KernelSpec, batch_invariant_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,4 +78,13 @@ def step(spec: KernelSpec, x: Inputs) -> Step:
     return Step(attention(spec, x, q, r, k, v), (q, r, k, v), gradient_of_output(x))
 
 
-BASELINES = (Baseline("parallax_gen", forward, decode, step, softcap=True),)
+BASELINES = (
+    Baseline("parallax_gen", forward, decode, step, softcap=True),
+    Baseline(
+        "batch-invariant",
+        lambda spec, x: forward(batch_invariant_spec(spec), x),
+        lambda spec, x: decode(batch_invariant_spec(spec), x),
+        lambda spec, x: step(batch_invariant_spec(spec), x),
+        softcap=True,
+    ),
+)
