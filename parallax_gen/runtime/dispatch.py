@@ -31,7 +31,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.problem.shapes import Shape
+from parallax_gen.problem.shapes import Shape, representative
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.ranks import check_same_lock, is_first_rank
 
@@ -96,17 +96,22 @@ class Dispatcher:
         self.on_first_call: Callable[[KernelSpec, Shape, Gpu], bool] | None = None
         self._memory, self._lock = memory, lock
         self._lock_of_ranks = ""  # the lock that was last compared with the other ranks'
-        self._kernels: dict[Place, tuple[DispatchChoice, ModuleType]] = {}
+        self._choices: dict[tuple[Place, bool], DispatchChoice] = {}
+        self._kernels: dict[tuple[Place, KernelSpec], tuple[DispatchChoice, ModuleType]] = {}
         self._untuned_notice, self._unlocked_notice = UntunedNotice(), UnlockedNotice()
 
     def use(self, memory: RecordSource) -> None:
         """Choose from another memory from now on, also for kernels that were chosen before."""
         self._memory = memory
-        self._kernels.clear()
+        self._forget()
 
     def use_lock(self, lock: Lock | None) -> None:
         """Take kernels from a lock from now on, or none, also kernels that were chosen before."""
         self._lock = lock
+        self._forget()
+
+    def _forget(self) -> None:
+        self._choices.clear()
         self._kernels.clear()
 
     @property
@@ -131,17 +136,18 @@ class Dispatcher:
         strict mode: see `UntunedNotice`.
         """
         place = place_of(gpu.name, spec, shape)
-        chosen = self._kernels.get(place)
+        chosen = self._kernels.get((place, spec))
         if chosen is None:
             ensure_triton_cache()
-            choice = self._choose(place, shape, gpu)
+            key = place, spec.batch_invariant  # kernels of several specs share a batch-invariant choice
+            choice = self._choices.get(key) or self._choose(place, spec, shape, gpu)
             chosen = (choice, load(render(spec, choice.config, gpu)))
-            self._kernels[place] = chosen
+            self._choices[key], self._kernels[place, spec] = choice, chosen
             _LOG.info("%s; %s: runs %s", spec, place.bucket, chosen[1].__file__)
         return chosen
 
-    def _choose(self, place: Place, shape: Shape, gpu: Gpu) -> DispatchChoice:
-        spec, lock = place.spec, self._lock
+    def _choose(self, place: Place, spec: KernelSpec, shape: Shape, gpu: Gpu) -> DispatchChoice:
+        lock = self._lock
         if lock is not None:
             self._lock_of_ranks = check_same_lock(lock, self._lock_of_ranks)
             choice = choose(spec, shape, gpu, self._memory, lock=lock)
@@ -157,12 +163,18 @@ class Dispatcher:
 
 
 def compiler(spec: KernelSpec, shape: Shape, gpu: Gpu) -> CompiledResources | None:
-    """A function that compiles borrowed kernels and returns their resources, cached; None without a CUDA device."""
+    """A function that compiles borrowed kernels and returns their resources, cached; None without a CUDA device.
+
+    For batch-invariant calls it compiles the kernel of their place, so that all of them get the same answer.
+    """
     import torch
     import triton
 
     if triton.knobs.runtime.interpret or not torch.cuda.is_available():
         return None
+    if spec.batch_invariant:
+        place = place_of(gpu.name, spec, shape)
+        spec, shape = place.spec, representative(place.bucket, place.spec.group)
 
     def compiled(config: KernelConfig) -> Resources | None:
         source = render(spec, config, gpu)
