@@ -15,6 +15,7 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, QUERY_ROW_OPS, KernelSpec
 from parallax_gen.problem.steps import SERVING, Call, Serving, Step, Training, steps_of
 from parallax_gen.problem.workloads import TRAINING
+from parallax_gen.runtime.invariance import is_batch_invariant
 from parallax_gen.tuning.plan import read_model
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def target_of_model(model: AnyModel, *, training: Sizes, serving: Sizes, tp: int
     if dtype is not None and dtype not in DTYPES:
         raise ArgumentError("dtype", f"{dtype!r:.80}", ", ".join(map(repr, DTYPES)))
     if isinstance(model, str | os.PathLike):
-        models = [read_model(Path(model).expanduser(), "model")]
+        models = [replace(read_model(Path(model).expanduser(), "model"), batch_invariant=is_batch_invariant(None))]
     else:
         models = models_of_module(model, dtype)
     models = [replace(part.split(tp), dtype=dtype or part.dtype) for part in models]
@@ -133,7 +134,8 @@ def target_of_kernels(kernels: Kernel | Iterable[Kernel]) -> Target:
 def models_of_module(module: Any, dtype: str | None = None) -> list[Model]:
     """The attention of an nn.Module: a model for each kind of layer, which differ in more than their windows.
 
-    Layers of `ParallaxAttention` say it themselves; converted models of transformers in their config.
+    Layers of `ParallaxAttention` say it themselves; converted models of transformers in their config. These are
+    batch-invariant if the process's mode is: see `parallax_gen.batch_invariant`.
 
     dtype  by default that of each layer's weights
 
@@ -153,11 +155,14 @@ def models_of_module(module: Any, dtype: str | None = None) -> list[Model]:
         if isinstance(layer, ParallaxAttention):
             kind = Model(name, layer.num_heads, layer.num_kv_heads, layer.head_dim, dtype=dtype or _dtype_of(layer))
             kind = replace(kind, softcap=layer.softcap is not None, causal=layer.causal)
+            kind = replace(kind, batch_invariant=is_batch_invariant(layer.batch_invariant))
             windows.setdefault(kind, Counter())[layer.window_size or 0] += 1
         elif isinstance(getattr(layer, "r_proj", None), nn.Module) and _is_converted(config):
             configs.setdefault(id(config), (config, dtype or _dtype_of(layer)))
     models = [replace(kind, windows=tuple(sorted(counts.items()))) for kind, counts in windows.items()]
-    models += [replace(model_of(c.to_dict(), f"{name}.config", name), dtype=own) for c, own in configs.values()]
+    mode = is_batch_invariant(None)
+    converted = ((model_of(c.to_dict(), f"{name}.config", name), own) for c, own in configs.values())
+    models += [replace(model, dtype=own, batch_invariant=mode) for model, own in converted]
     if not models:
         raise ArgumentError("model", f"a {name} without such layers", A_MODEL)
     return models

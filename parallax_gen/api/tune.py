@@ -97,6 +97,8 @@ def tune(
 
     model          a folder of transformers or its config.json; or an nn.Module with layers of
                    `parallax_gen.nn.ParallaxAttention`, or converted by `parallax_gen.integrations.transformers.convert`
+                   (batch-invariant if its layers are; layers of None, and models of transformers, as
+                   `parallax_gen.batch_invariant` says)
     kernels        instead of a model: (`parallax_gen.KernelSpec`, `parallax_gen.Shape`), or several
     calls          instead of a model: a file of `PARALLAX_GEN_RECORD`, or what `parallax_gen.record` returned. The
                    costliest kernels come first, and those that take less than 1 % of the time are left out

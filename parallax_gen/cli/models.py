@@ -42,7 +42,7 @@ class ModelArgs:
 
         if len(dtypes) > 1 or len(head_dims) > (self.path is None):
             raise click.UsageError("with --model or --for give one --dtype, and one --head-dim only without --model")
-        others = replace(flags, page_size=0, cache_dtype="")
+        others = replace(flags, page_size=0, cache_dtype="", batch_invariant=False)
         if self.heads is not None:
             others = replace(others, window=None, softcap=False)
             head_dim, windows = head_dims[0] if head_dims else USUAL_HEAD_DIM, ((flags.window or 0, 1),)
@@ -52,9 +52,11 @@ class ModelArgs:
             model = read_model(self.path)
         cache: dict[str, Any] = {"page_size": flags.page_size, "cache_dtype": flags.cache_dtype}
         if others != NO_FLAGS or (SERVING not in self.runs and any(cache.values())):
-            allowed = "--page-size and --cache-dtype, which need serving; without --model also --window and --softcap"
+            allowed = "--batch-invariant; --page-size and --cache-dtype, which need serving; without --model also "
+            allowed += "--window and --softcap"
             raise click.UsageError(f"--model and --for allow only these flags of kernels: {allowed}")
-        model = replace(model.split(self.tp), dtype=dtypes[0] if dtypes else model.dtype)
+        dtype = dtypes[0] if dtypes else model.dtype
+        model = replace(model.split(self.tp), dtype=dtype, batch_invariant=flags.batch_invariant)
         training = Training.for_model(model, **self.runs[TRAINING]) if TRAINING in self.runs else None
         serving = Serving.for_model(model, **self.runs[SERVING], **cache) if SERVING in self.runs else None
         return model, steps_of(model, training, serving)

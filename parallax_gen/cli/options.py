@@ -75,7 +75,7 @@ class KernelArgs:
         """The kernels at these sizes; by default at the first of the op's usual shapes."""
         shape = next(iter(usual_shapes(self.op).values()))[0] if sizes is None else sizes.for_op(self.op)
         window = self.flags.window
-        if window and window >= shape.seqlen_kv:
+        if window and window >= shape.seqlen_kv and not self.flags.batch_invariant:
             click.echo(f"--window {window} covers all {shape.seqlen_kv} keys, so it is ignored", err=True)
         return step_at(self.op, self.head_dim or USUAL_HEAD_DIM, self.dtype or "bf16", shape, self.flags)
 

@@ -20,6 +20,8 @@ class Model:
     softcap   whether scores have a cap
     causal    whether a token sees only itself and earlier tokens
     max_len   the most tokens of a sequence, None if unknown
+
+    batch_invariant  whether its calls are
     """
 
     name: str
@@ -31,6 +33,7 @@ class Model:
     dtype: str = "bf16"
     max_len: int | None = None
     causal: bool = True
+    batch_invariant: bool = False
 
     @property
     def layers(self) -> int:
@@ -49,7 +52,7 @@ class Model:
         windows = [f"{count} with window {window}" for window, count in self.windows if window]
         parts = [f"{layers} ({', '.join(windows)})" if windows else layers]
         parts += [f"heads {heads}", f"head_dim {self.head_dim}", self.dtype, *["softcap"] * self.softcap]
-        parts += ["not causal"] * (not self.causal)
+        parts += ["not causal"] * (not self.causal) + ["batch-invariant"] * self.batch_invariant
         return f"{self.name}: {', '.join(parts)}"
 
 

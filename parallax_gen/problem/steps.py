@@ -111,7 +111,7 @@ def training_steps(model: Model, run: Training) -> list[Step]:
     calls: Counter[Kernel] = Counter()
     for window, layers in model.windows:
         shape = Shape(run.batch, model.heads, model.kv_heads, run.seqlen, run.seqlen)
-        flags = Flags(causal=model.causal, window=window or None, softcap=model.softcap)
+        flags = Flags(causal=model.causal, window=window or None, **_options(model))
         calls.update(dict.fromkeys(kernels(TRAINING, model.head_dim, model.dtype, shape, flags), layers))
     return [Step("training", f"batch {run.batch}, {run.seqlen} tokens", _calls(calls))]
 
@@ -123,12 +123,12 @@ def serving_steps(model: Model, run: Serving) -> list[Step]:
     cache. It computes prompts at once, then decodes: one sequence, or max_batch sequences with padding before their
     prompts. Prompts with padding are packed sequences, three for each: the padding before it, the prompt, and the
     padding after it. They are planned as if each had max_len tokens, so their times are upper bounds. Layers with a
-    window keep only the last `window` keys, so their decode kernels need no window, and none for padding once it has
-    left the cache.
+    window keep only the last `window` keys, so their decode kernels need no window unless they are batch-invariant, and
+    none for padding once it has left the cache.
     """
     where = f"pages of {run.page_size}" if run.page_size else "no pages"
     keys, chunk = f"up to {run.max_len} keys", min(run.chunk, run.max_len)
-    cache: dict[str, Any] = {"page_size": run.page_size, "cache_dtype": run.cache_dtype, "softcap": model.softcap}
+    cache: dict[str, Any] = {"page_size": run.page_size, "cache_dtype": run.cache_dtype, **_options(model)}
     capacity = -(-run.max_len // run.page_size) * run.page_size if run.page_size else run.max_len
     steps = []
     for batch in run.batches:
@@ -155,7 +155,7 @@ def _generation_steps(model: Model, run: Serving) -> list[Step]:
         calls: Counter[Kernel] = Counter()
         for window, layers in model.windows:
             keys = min(window or run.max_len, run.max_len)
-            flags = Flags(leftpad=batch > 1 and keys == run.max_len, softcap=model.softcap)
+            flags = Flags(leftpad=batch > 1 and keys == run.max_len, window=window or None, **_options(model))
             calls.update({_cached(model, batch, 1, keys, flags): layers})
         padding = ", with padding before prompts" if batch > 1 else ""
         steps.append(Step(f"generate, batch {batch}", f"{run.max_len} keys{padding}", _calls(calls)))
@@ -166,9 +166,13 @@ def _prompts(model: Model, run: Serving, sequences: int, *, padded: bool) -> tup
     calls: Counter[Kernel] = Counter()
     for window, layers in model.windows:
         shape = Shape(sequences, model.heads, model.kv_heads, run.max_len, run.max_len)
-        flags = Flags(varlen=padded, window=window or None, softcap=model.softcap)
+        flags = Flags(varlen=padded, window=window or None, **_options(model))
         calls.update(dict.fromkeys(kernels("forward", model.head_dim, model.dtype, shape, flags), layers))
     return _calls(calls)
+
+
+def _options(model: Model) -> dict[str, Any]:
+    return {"softcap": model.softcap, "batch_invariant": model.batch_invariant}
 
 
 def _cached(model: Model, batch: int, queries: int, keys: int, flags: Flags) -> Kernel:

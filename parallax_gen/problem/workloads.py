@@ -99,11 +99,16 @@ class Flags:
     batch_invariant: bool = False
 
     def apply_window(self, shape: Shape) -> Shape:
-        """The shape with the requested window. A window of all keys counts as none, as at run time."""
+        """The shape with the requested window.
+
+        A window of all keys counts as none, but if batch_invariant as one of all keys, as at run time.
+        """
         window = shape.window if self.window is None else self.window
         if self.causal is False and self.window is None:
             window = 0
-        return replace(shape, window=window if window < shape.seqlen_kv else 0)
+        if window >= shape.seqlen_kv:
+            window = shape.seqlen_kv * (self.batch_invariant and window > 0)
+        return replace(shape, window=window)
 
 
 NO_FLAGS = Flags()
