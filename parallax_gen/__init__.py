@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from parallax_gen.problem.spec import KernelSpec
     from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
     from parallax_gen.runtime.graphed import GraphedDecode
+    from parallax_gen.runtime.invariance import batch_invariant
     from parallax_gen.runtime.kvcache import kvcache_workspace_size, parallax_attn_with_kvcache
     from parallax_gen.runtime.locking import use_lock
     from parallax_gen.runtime.recording import record
@@ -35,6 +36,7 @@ __all__ = [
     "Shape",
     "State",
     "__version__",
+    "batch_invariant",
     "kvcache_workspace_size",
     "lock",
     "merge_states",
@@ -58,6 +60,7 @@ _HOMES = {
     "parallax_attn_varlen_func": "parallax_gen.runtime.functional",
     "parallax_attn_with_kvcache": "parallax_gen.runtime.kvcache",
     "kvcache_workspace_size": "parallax_gen.runtime.kvcache",
+    "batch_invariant": "parallax_gen.runtime.invariance",
     "GraphedDecode": "parallax_gen.runtime.graphed",
     "KernelSpec": "parallax_gen.problem.spec",
     "Shape": "parallax_gen.problem.shapes",

@@ -8,7 +8,8 @@ from parallax_gen.errors import ArgumentError
 
 STRICT = "PARALLAX_GEN_STRICT"  # raise an error for a kernel that was not measured here
 QUIET = "PARALLAX_GEN_QUIET"  # do not warn about such a kernel
-SWITCHES = (STRICT, QUIET)
+BATCH_INVARIANT = "PARALLAX_GEN_BATCH_INVARIANT"  # the first mode of runtime/invariance.py
+SWITCHES = (STRICT, QUIET, BATCH_INVARIANT)
 RECORD = "PARALLAX_GEN_RECORD"  # a file
 LOCK = "PARALLAX_GEN_LOCK"  # a file: see memory/lock.py
 LOCK_MISSING = "PARALLAX_GEN_LOCK_MISSING"  # what a call gets that is not in it

@@ -11,6 +11,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
 from parallax_gen.runtime.checks import check_numbers
 from parallax_gen.runtime.functional import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen.runtime.invariance import check_batch_invariant
 from parallax_gen.runtime.requests import OPTIONS
 
 NORM_EPS = 1e-6  # torch's default, the dtype's own epsilon, is as large as 1/128 in bf16
@@ -47,6 +48,7 @@ class ParallaxAttention(nn.Module):
                    whose reset_parameters sets zeros; code that initialises every nn.Linear itself must skip it
     softmax_scale  scale of q·k; 1/√head_dim by default
     softcap        cap of the scores, as in `parallax_attn_func`; None for no cap
+    batch_invariant  as in `parallax_attn_func`; None for the process's mode
 
     Submodules: q_proj, r_proj (hidden_size -> num_heads * head_dim), k_proj, v_proj (-> num_kv_heads * head_dim),
     o_proj (num_heads * head_dim -> hidden_size), and q_norm, k_norm with qk_norm.
@@ -68,6 +70,7 @@ class ParallaxAttention(nn.Module):
         zero_init_r: bool = False,
         softmax_scale: float | None = None,
         softcap: float | None = None,
+        batch_invariant: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -84,6 +87,7 @@ class ParallaxAttention(nn.Module):
                 "head_dim", None, f"a number, because num_heads {num_heads} does not divide hidden_size {hidden_size}"
             )
         check_numbers(causal, window_size, softmax_scale, softcap)
+        check_batch_invariant(batch_invariant)
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
         if head_dim % 8 or not 0 < head_dim <= LARGEST_HEAD_DIM:
             raise ArgumentError("head_dim", head_dim, f"a multiple of 8 from 8 to {LARGEST_HEAD_DIM}")
@@ -95,6 +99,7 @@ class ParallaxAttention(nn.Module):
         self.rope_theta = rope_theta
         self.softmax_scale = softmax_scale
         self.softcap = softcap
+        self.batch_invariant = batch_invariant
         self.zero_init_r = zero_init_r
 
         def linear(in_features: int, out_features: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -145,7 +150,7 @@ class ParallaxAttention(nn.Module):
             positions = _positions(x, cu_seqlens) + position_offset
             cos, sin = _cos_sin(positions, self.head_dim, self.rope_theta)
             q, r, k = (_rotate(heads, cos, sin) for heads in (q, r, k))
-        options: dict[str, Any] = {name: getattr(self, name) for name in OPTIONS}
+        options: dict[str, Any] = {name: getattr(self, name) for name in (*OPTIONS, "batch_invariant")}
         if cu_seqlens is None:
             out = parallax_attn_func(q, r, k, v, **options)
         elif max_seqlen is None:
@@ -157,7 +162,7 @@ class ParallaxAttention(nn.Module):
 
     def extra_repr(self) -> str:
         names = ["num_heads", "num_kv_heads", "head_dim", "causal", "window_size", "rope_theta"]
-        names += [name for name in ("softmax_scale", "softcap") if getattr(self, name) is not None]
+        names += [name for name in ("softmax_scale", "softcap", "batch_invariant") if getattr(self, name) is not None]
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 

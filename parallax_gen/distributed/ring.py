@@ -12,6 +12,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import SavedForBackward
 from parallax_gen.runtime.autograd import backward_without_autograd, forward_without_autograd, refuse_second_derivatives
 from parallax_gen.runtime.checks import check_request
+from parallax_gen.runtime.invariance import is_batch_invariant
 from parallax_gen.runtime.requests import Request, cast_inputs, inputs_of
 from parallax_gen.runtime.sharded import refuse_dtensors
 from parallax_gen.runtime.states import State, merge_into
@@ -55,6 +56,7 @@ def ring_attn_func(
     causal: bool = False,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    batch_invariant: bool | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """`parallax_attn_func` over a sequence that is sharded over the ranks of a group, forward and backward.
@@ -65,6 +67,7 @@ def ring_attn_func(
     causal         over the whole sequence; the shard's length must be even
     softmax_scale  scale of q·k; 1/√head_dim by default
     softcap        of scores, as in `parallax_attn_func`; None for no cap
+    batch_invariant  refused: the bits depend on the number of ranks. False where the mode of the process, None, is on
     group          by default the default group. All its ranks must make the same call
 
     Returns out, like q: this rank's shard. Partial results are merged in fp32. Every rank holds its own shard of k and
@@ -74,6 +77,9 @@ def ring_attn_func(
     """
     refuse_transforms("ring_attn_func", q=q, r=r, k=k, v=v)
     refuse_dtensors("ring_attn_func", q=q, r=r, k=k, v=v)
+    if is_batch_invariant(batch_invariant):
+        allowed = "batch_invariant=False: the bits of ring attention depend on the number of ranks"
+        raise ArgumentError("batch_invariant", True, allowed)
     ring = _Ring.of(group)
     request = Request(q, r, k, v, causal=causal, softmax_scale=softmax_scale, softcap=softcap)
     request = cast_inputs(request)

@@ -253,7 +253,7 @@ def _problem(request: Request) -> tuple[KernelSpec, Shape]:
         batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     else:
         batch, seqlen_q, seqlen_k = request.cu_seqlens_q.shape[0] - 1, request.max_seqlen_q, request.max_seqlen_k
-    window = window_of(request.window_size, seqlen_k)
+    window = window_of(request.window_size, seqlen_k, batch_invariant=request.batch_invariant)
     spec = KernelSpec(
         "forward",
         q.shape[-1],
@@ -263,6 +263,7 @@ def _problem(request: Request) -> tuple[KernelSpec, Shape]:
         window=window > 0,
         varlen=bool(cu_seqlens_of(request)),
         softcap=request.softcap is not None,
+        batch_invariant=request.batch_invariant,
     )
     return spec, Shape(batch, heads, kv_heads, seqlen_q, seqlen_k, window)
 

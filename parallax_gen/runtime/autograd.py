@@ -46,7 +46,7 @@ from parallax_gen.runtime.transforms import (
 _REQUEST = (
     "Tensor q, Tensor r, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, SymInt? window_size, float? softmax_scale, "
-    "float? softcap"
+    "float? softcap, bool batch_invariant"
 )
 
 

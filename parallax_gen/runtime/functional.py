@@ -11,6 +11,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime.attention import forward
 from parallax_gen.runtime.autograd import are_plain_tensors, attend, attend_transformed, attend_without_gradients
 from parallax_gen.runtime.checks import check_flag, check_request
+from parallax_gen.runtime.invariance import is_batch_invariant
 from parallax_gen.runtime.requests import INPUTS, Request, cast_inputs, inputs_of, tensor_fields
 from parallax_gen.runtime.sharded import DENSE, PACKED, REPLICATED, is_sharded, run_on_shards
 from parallax_gen.runtime.transforms import (
@@ -36,6 +37,7 @@ class Options(TypedDict, total=False):
     window_size: int | None
     softmax_scale: float | None
     softcap: float | None
+    batch_invariant: bool | None
     out: Tensor | None
     recompute_v_mean: bool
 
@@ -68,6 +70,7 @@ def parallax_attn_func(
     window_size: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    batch_invariant: bool | None = None,
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
@@ -85,6 +88,8 @@ def parallax_attn_func(
     window_size       with causal: a query sees at most this many keys, its own and those right before it
     softmax_scale     scale of q·k, from 1e-18 to 1e18; 1/√head_dim by default. r·k is not scaled
     softcap           c, from 1e-18 to 1e18: scores s become c·tanh(s/c), as in Gemma 2; None for no cap
+    batch_invariant   the bits of a sequence's results do not depend on the batch around it: docs/batch_invariance.md.
+                      None for the process's mode, `parallax_gen.batch_invariant`, which is off by default
     out               where to write, like q; allocated if not given. Not allowed if gradients are recorded
     return_stats      also return lse = log Σ exp(s) (capped s) and t̄, (batch, heads, seqlen_q) fp32, and v̄ = Σ p v,
                       like q. They have no gradients
@@ -118,7 +123,10 @@ def parallax_attn_func(
     models have heads, while dimension 1 is at most 128 in q, and a multiple of k's. Then pass q.transpose(1, 2), and
     the others likewise.
     """
-    request = Request(q, r, k, v, None, None, 0, 0, causal, window_size, softmax_scale, softcap)
+    request = Request(
+        q, r, k, v, None, None, 0, 0,
+        causal, window_size, softmax_scale, softcap, is_batch_invariant(batch_invariant),
+    )  # fmt: skip
     return _attend(request, False, out, return_stats, recompute_v_mean)
 
 
@@ -184,6 +192,7 @@ def parallax_attn_varlen_func(
     window_size: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    batch_invariant: bool | None = None,
     out: Tensor | None = None,
     return_stats: bool = False,
     recompute_v_mean: bool = False,
@@ -207,7 +216,7 @@ def parallax_attn_varlen_func(
     """
     request = Request(
         q, r, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        causal, window_size, softmax_scale, softcap,
+        causal, window_size, softmax_scale, softcap, is_batch_invariant(batch_invariant),
     )  # fmt: skip
     return _attend(request, True, out, return_stats, recompute_v_mean)
 

@@ -22,6 +22,7 @@ from parallax_gen.runtime.cache_checks import (
     refuse_cache_tangents,
     refuse_gradients,
 )
+from parallax_gen.runtime.invariance import is_batch_invariant
 from parallax_gen.runtime.kvcache_operators import define_operators, needs_operator, with_contiguous_heads
 from parallax_gen.runtime.plan import HostPlan, LaunchPlan, PlanCache, host_plan, plan_key, plan_launch
 from parallax_gen.runtime.requests import (
@@ -55,6 +56,7 @@ class CacheOptions(TypedDict, total=False):
     window_size: int | None
     softmax_scale: float | None
     softcap: float | None
+    batch_invariant: bool | None
     k_scale: Tensor | float | None
     v_scale: Tensor | float | None
     out: Tensor | None
@@ -106,6 +108,7 @@ def parallax_attn_with_kvcache(
     window_size: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    batch_invariant: bool | None = None,
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
     out: Tensor | None = None,
@@ -137,6 +140,8 @@ def parallax_attn_with_kvcache(
     window_size       with causal: a query sees at most this many keys, its own and those right before it
     softmax_scale     scale of q·k, from 1e-18 to 1e18; 1/√head_dim by default. r·k is not scaled
     softcap           c, from 1e-18 to 1e18: scores s = scale·q·k become c·tanh(s/c), as in Gemma 2; None for no cap
+    batch_invariant   the bits of a sequence's results do not depend on the batch around it, on pages or on padding:
+                      docs/batch_invariance.md. None for the process's mode, `parallax_gen.batch_invariant`
     k_scale, v_scale  for 8-bit caches: the factor of the stored values, (1,) or (kv_heads,) fp32 on the same device, or
                       a number; 1 by default
     out               where to write, like q; allocated if not given
@@ -163,7 +168,7 @@ def parallax_attn_with_kvcache(
     """
     request = CacheRequest(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
-        max_seqlen_q, causal, window_size, softmax_scale, softcap,
+        max_seqlen_q, causal, window_size, softmax_scale, softcap, is_batch_invariant(batch_invariant),
     )  # fmt: skip
     # Four type checks written out take a third of the time of a loop over the four.
     is_plain = type(q) is Tensor and type(r) is Tensor and type(k_cache) is Tensor and type(v_cache) is Tensor
@@ -196,6 +201,7 @@ def kvcache_workspace_size(
     window_size: int | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
+    batch_invariant: bool | None = None,
     k_scale: Tensor | float | None = None,
     v_scale: Tensor | float | None = None,
     out: Tensor | None = None,
@@ -207,7 +213,7 @@ def kvcache_workspace_size(
     """
     request = CacheRequest(
         q, r, k_cache, v_cache, cache_seqlens, page_table, cache_leftpad, cu_seqlens_q, k_scale, v_scale,
-        max_seqlen_q, causal, window_size, softmax_scale, softcap,
+        max_seqlen_q, causal, window_size, softmax_scale, softcap, is_batch_invariant(batch_invariant),
     )  # fmt: skip
     request = cast_to_cache(request, out)
     if not are_plain_tensors(q, r, k_cache, v_cache):  # plan_key may fail on these
@@ -328,10 +334,11 @@ def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
         return host
     heads, kv_heads, head_dim = q.shape[-2], k.shape[2], q.shape[-1]
     multi_token = packed or seqlen_q > 1
-    window = window_of(request.window_size, seqlen)
+    window = window_of(request.window_size, seqlen, batch_invariant=request.batch_invariant)
     per_sequence_lengths = (
         multi_token
         or state
+        or request.batch_invariant
         or window > 0
         or k.dtype in CACHE_DTYPE_NAMES
         or request.cache_seqlens is not None
@@ -351,6 +358,7 @@ def _plan(request: CacheRequest, state: bool) -> LaunchPlan | HostPlan:
         multi_token=multi_token,
         cache_dtype=CACHE_DTYPE_NAMES.get(k.dtype, ""),
         softcap=request.softcap is not None,
+        batch_invariant=request.batch_invariant,
     )
     scale = scale_or_default(request.softmax_scale, head_dim)
     scalars = launch_scalars(spec, scale, request.softcap, window, seqlen_q, 0)

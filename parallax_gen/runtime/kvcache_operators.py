@@ -28,7 +28,8 @@ from parallax_gen.runtime.transforms import dispatch_mode_is_active, fold_sample
 _ARGUMENTS = (
     "(Tensor q, Tensor r, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, Tensor? page_table, "
     "Tensor? cache_leftpad, Tensor? cu_seqlens_q, Tensor? k_scale, Tensor? v_scale, SymInt? max_seqlen_q, "
-    "bool causal, SymInt? window_size, float? softmax_scale, float? softcap)"
+    "bool causal, SymInt? window_size, float? softmax_scale, float? softcap, "
+    "bool batch_invariant)"
 )
 
 

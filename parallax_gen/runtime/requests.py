@@ -24,8 +24,8 @@ MAX_ROW_STRIDE = 2**24 - 1
 # The fields of a Request, in its order.
 INPUTS = ("q", "r", "k", "v")
 TENSORS = (*INPUTS, "cu_seqlens_q", "cu_seqlens_k")
-OPTIONS = ("causal", "window_size", "softmax_scale", "softcap")
-SCALARS = ("max_seqlen_q", "max_seqlen_k", *OPTIONS)
+OPTIONS = ("causal", "window_size", "softmax_scale", "softcap")  # all that the result depends on, but for rounding
+SCALARS = ("max_seqlen_q", "max_seqlen_k", *OPTIONS, "batch_invariant")
 
 CACHED_INPUTS = ("q", "r", "k_cache", "v_cache")
 
@@ -51,6 +51,7 @@ class Request(NamedTuple):
     window_size: int | None = None
     softmax_scale: float | None = None
     softcap: float | None = None
+    batch_invariant: bool = False
 
 
 class CacheRequest(NamedTuple):
@@ -74,6 +75,7 @@ class CacheRequest(NamedTuple):
     window_size: int | None
     softmax_scale: float | None
     softcap: float | None = None
+    batch_invariant: bool = False
 
 
 def rounds_to_tf32(q: Tensor) -> bool:
@@ -89,9 +91,17 @@ def dtype_name(q: Tensor) -> str:
     return "tf32" if rounds_to_tf32(q) else DTYPE_NAMES[q.dtype]
 
 
-def window_of(window_size: int | None, seqlen_k: int) -> int:
-    """The window of a shape, 0 for none. A window that covers the longest sequence counts as none."""
-    return 0 if window_size is None or window_size >= seqlen_k else window_size
+def window_of(window_size: int | None, seqlen_k: int, *, batch_invariant: bool) -> int:
+    """The window of a shape, 0 for none.
+
+    A window that covers the longest sequence counts as none, except in batch-invariant calls: for them the batch may
+    not choose between kernels with and without a window.
+    """
+    if window_size is None:
+        return 0
+    if window_size < seqlen_k:
+        return window_size
+    return seqlen_k if batch_invariant else 0
 
 
 def gradients_of(dqdr: bool, dkdv: bool) -> tuple[str, ...]:

@@ -39,9 +39,9 @@ def merge_states(*states: State | tuple[Tensor, Tensor, Tensor, Tensor]) -> Stat
 
         out = Σ w_i (out_i + (t̄ - t̄_i) v̄_i),
 
-    since out_i = v̄_i (1 + t̄_i) - Σ_j p_ij t_ij v_j. The sums are in fp32; out and v̄ are returned in the first
-    state's dtypes. The lse, t̄ and v̄ that our functions return have no gradients, so a state whose out needs gradients
-    is refused. Raises ArgumentError.
+    since out_i = v̄_i (1 + t̄_i) - Σ_j p_ij t_ij v_j. The sums are in fp32, in the order of `states`, on which the last
+    bits depend; out and v̄ are returned in the first state's dtypes. The lse, t̄ and v̄ that our functions return have
+    no gradients, so a state whose out needs gradients is refused. Raises ArgumentError.
     """
     if not states:
         raise ArgumentError("states", "none", "one state or more")

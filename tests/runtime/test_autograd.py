@@ -268,7 +268,7 @@ def test_gradients_are_deterministic() -> None:
 def test_the_autograd_function_and_the_operator_agree(make: Callable[..., Sample]) -> None:
     """Eager calls record a torch.autograd.Function; compiled calls use an operator with the same backward."""
     sample = make()
-    arguments = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5)
+    arguments = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5, False)
     out = OPS.attention_with_stats(*arguments, False)[0]
     eager = attend(sample, causal=True, window_size=3, softcap=1.5)
     assert torch.equal(out, eager)
@@ -280,7 +280,7 @@ def test_the_autograd_function_and_the_operator_agree(make: Callable[..., Sample
 @pytest.mark.parametrize("recompute_v_mean", [False, True])
 def test_operators_pass_opcheck(make: Callable[..., Sample], recompute_v_mean: bool) -> None:
     sample = make()
-    arguments = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5)
+    arguments = (*sample.inputs, *(sample.lengths or (None, None, 0, 0)), True, 3, None, 1.5, True)
     opcheck(OPS.attention_with_stats, (*arguments, recompute_v_mean))
     arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
     opcheck(OPS.attention, arguments)

@@ -209,7 +209,7 @@ def test_non_strict_export_handles_symbolic_sizes() -> None:
 
 def test_operators_pass_opcheck_with_a_cache() -> None:
     q, k = dense(2, 9)
-    inputs = (q, q, k, k, ints(3, 9), *[None] * 6, True, 3, None, 1.5)
+    inputs = (q, q, k, k, ints(3, 9), *[None] * 6, True, 3, None, 1.5, True)
     for name in ("attention_with_kvcache", "attention_with_kvcache_state"):
         torch.library.opcheck(getattr(torch.ops.parallax_gen, name).default, inputs)
 

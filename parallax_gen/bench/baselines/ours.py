@@ -21,6 +21,7 @@ def attention(
 
     options: dict[str, Any] = {"causal": spec.causal, "window_size": x.window_size if spec.window else None}
     options |= {"softcap": x.softcap if spec.softcap else None, "return_stats": stats}
+    options |= {"batch_invariant": spec.batch_invariant}
 
     def call() -> Tensor:
         if spec.varlen:
@@ -53,6 +54,7 @@ def cached_attention(spec: KernelSpec, x: Inputs, out: Tensor | None) -> Attenti
             causal=spec.causal,
             window_size=x.window_size if spec.window else None,
             softcap=x.softcap if spec.softcap else None,
+            batch_invariant=spec.batch_invariant,
             k_scale=x.k_scale,
             v_scale=x.v_scale,
             out=out,

@@ -25,6 +25,7 @@ from parallax_gen.integrations.drop_in.checks import (
 from parallax_gen.oracle.reference import reference_forward
 from parallax_gen.runtime.attention import SavedForBackward
 from parallax_gen.runtime.autograd import backward_without_autograd, forward_without_autograd
+from parallax_gen.runtime.invariance import is_batch_invariant
 from parallax_gen.runtime.requests import Request
 from parallax_gen.runtime.sharded import refuse_dtensors
 from parallax_gen.runtime.transforms import refuse_transforms, transform_is_active
@@ -247,7 +248,8 @@ def _request(
     groups = ((q, n_rep), (r, n_rep), (k, 1), (v, 1))
     inputs = piece.of(*(with_supported_strides(_folded(x, heads)) for x, heads in groups))
     window = window if piece.causal else None
-    return Request(*inputs, causal=piece.causal, window_size=window, softmax_scale=scale)
+    request = Request(*inputs, causal=piece.causal, window_size=window, softmax_scale=scale)
+    return request._replace(batch_invariant=is_batch_invariant(None))
 
 
 def _folded(x: Tensor, n_rep: int) -> Tensor:
