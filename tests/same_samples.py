@@ -234,7 +234,7 @@ def kernels(question: Json) -> Json:
     spec, shape = spec_from(stored), Shape(*sizes)
     config = default_config(spec, shape, GPUS[gpu])
     result = render(spec, config, GPUS[gpu])
-    name = ExportedKernel(Place(gpu, spec, bucket_of(shape)), config, "").file_name(result)
+    name = ExportedKernel(spec, Place(gpu, spec, bucket_of(shape)), config, "").file_name(result)
     of_any_version = result.text.replace(f"parallax_gen {parallax_gen.__version__}", "parallax_gen", 1)
     return [name, fingerprint(result.text), digest(below_header(result.text)), digest(of_any_version)]
 

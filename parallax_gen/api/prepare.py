@@ -15,7 +15,7 @@ from parallax_gen.describe import LEGEND, brief, format_counts, number, seqlen_t
 from parallax_gen.errors import UnknownGpuError
 from parallax_gen.memory.guard import NOT_BORROWED, launch_candidates
 from parallax_gen.memory.lock import Lock
-from parallax_gen.memory.place import place_of
+from parallax_gen.memory.place import config_at, place_of
 from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, default_of
 from parallax_gen.ops.base import KernelConfig, config_to_dict
 from parallax_gen.problem.hardware import Gpu, gpu_by_name
@@ -153,12 +153,12 @@ def _instances(
     """The kernels that a call may get: the locked one, the best, or borrowed ones and the default for their check."""
     place = place_of(card.name, spec, shape)
     if lock is not None:
-        return [KernelInstance(spec, lock.candidate(place, card).config, shape, card)]
+        return [KernelInstance(spec, config_at(spec, lock.candidate(place, card).config), shape, card)]
     configs = [candidate.config for candidate in launch_candidates(place, card, memory)]
     best = next(launch_candidates(place, card, memory))
     if best.tier not in NOT_BORROWED:
         configs.append(default_of(place, card))
-    return [KernelInstance(spec, config, shape, card) for config in dict.fromkeys(configs)]
+    return [KernelInstance(spec, config_at(spec, config), shape, card) for config in dict.fromkeys(configs)]
 
 
 def _prepared(

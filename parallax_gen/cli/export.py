@@ -50,9 +50,10 @@ def export(
         raise click.UsageError("--all needs --op, and no --shape")
     kernels = asked(model, requested, shapes, usual=True)
     card, memory = gpu_or_stand_in(gpu, lambda: device.gpu_here(0)), open_memory()
-    places = known_places(memory, card, requested.matches) if every else []
+    known = known_places(memory, card, requested.matches) if every else []
+    places = [(place.spec, place) for place in known]
     written = write_kernels(
-        kernels_at(places or kernels.places(card), card, memory, lock_of_environment()), card, folder
+        kernels_at(places or kernels.kernels(card), card, memory, lock_of_environment()), card, folder
     )
     if as_json:
         files = [kernel.to_json(path) for path, kernel in written]

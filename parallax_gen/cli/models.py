@@ -18,6 +18,7 @@ from parallax_gen.describe import duration, format_counts
 from parallax_gen.memory.place import Place, place_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.models import Model
+from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.steps import SERVING, Call, Serving, Step, Training, steps_of, title_of
 from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, Sizes
 
@@ -151,7 +152,11 @@ class Asked:
 
     def places(self, gpu: Gpu) -> list[Place]:
         """The places of the calls, each once."""
-        return [*dict.fromkeys(place_of(gpu.name, call.spec, call.shape) for call in self.calls)]
+        return [*dict.fromkeys(place for _, place in self.kernels(gpu))]
+
+    def kernels(self, gpu: Gpu) -> list[tuple[KernelSpec, Place]]:
+        """The kernels of the calls and their places, each once."""
+        return [*dict.fromkeys((call.spec, place_of(gpu.name, call.spec, call.shape)) for call in self.calls)]
 
 
 def asked_options(command: Command, *, default: str = "") -> Command:

@@ -12,6 +12,8 @@ from typing import Any
 from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.bounds import shown
 from parallax_gen.memory.old import spec_from
+from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.tiles import TileConfig
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 
@@ -96,3 +98,12 @@ def place_of(gpu: str, spec: KernelSpec, sizes: Shape | Bucket) -> Place:
         seqlen_q = _INVARIANT_SEQLEN
         spec = replace(spec.for_op(spec.op), varlen=False, batch_invariant=False)
     return Place(gpu, spec, Bucket(_INVARIANT_KV_ROWS, seqlen_q, _INVARIANT_SEQLEN, window))
+
+
+def config_at(spec: KernelSpec, config: KernelConfig) -> KernelConfig:
+    """The config of a place as a call of this kernel gets it: packed sequences cannot be loaded by descriptors.
+
+    Loads by pointers give the same values, which are computed with in the same order.
+    """
+    by_descriptors = isinstance(config, TileConfig) and config.LOADS == "descriptors"
+    return replace(config, LOADS="pointers") if by_descriptors and spec.varlen else config

@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -23,7 +23,7 @@ from parallax_gen.errors import BuildError, StoreError, UntunedError
 from parallax_gen.memory.commands import lock_command, tune_command
 from parallax_gen.memory.guard import CompiledResources, cache_resources, cached_resources, checked_choice
 from parallax_gen.memory.lock import NO_CHECK, Lock, lock_of_environment
-from parallax_gen.memory.place import Place, place_of
+from parallax_gen.memory.place import Place, config_at, place_of
 from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, best
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
@@ -40,11 +40,12 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DispatchChoice:
-    """The config that a call at a place uses, and the record that it comes from.
+    """The config that a call uses, and the record of its place that it comes from.
 
     checked, refused  see memory/guard.py
     """
 
+    spec: KernelSpec
     place: Place
     candidate: Candidate
     checked: bool = True
@@ -52,7 +53,7 @@ class DispatchChoice:
 
     @property
     def config(self) -> KernelConfig:
-        return self.candidate.config
+        return config_at(self.spec, self.candidate.config)
 
     @property
     def record(self) -> Result | None:
@@ -74,7 +75,7 @@ def choose(
     """
     place = place_of(gpu.name, spec, shape)
     checked = checked_choice(place, gpu, memory, compiled, lock)
-    choice = DispatchChoice(place, checked.candidate, checked.checked, checked.refused)
+    choice = DispatchChoice(spec, place, checked.candidate, checked.checked, checked.refused)
     for refused, reason in checked.refused:
         _LOG.info("%s; %s: %s is not used: %s", spec, place.bucket, describe(refused.config), reason)
     record, message = choice.record, choice.candidate.source
@@ -141,6 +142,7 @@ class Dispatcher:
             ensure_triton_cache()
             key = place, spec.batch_invariant  # kernels of several specs share a batch-invariant choice
             choice = self._choices.get(key) or self._choose(place, spec, shape, gpu)
+            choice = replace(choice, spec=spec)
             chosen = (choice, load(render(spec, choice.config, gpu)))
             self._choices[key], self._kernels[place, spec] = choice, chosen
             _LOG.info("%s; %s: runs %s", spec, place.bucket, chosen[1].__file__)

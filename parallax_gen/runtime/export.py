@@ -14,10 +14,11 @@ from parallax_gen.errors import ParallaxGenError
 from parallax_gen.memory.descriptions import Origins, differences_from_here, shape_of
 from parallax_gen.memory.guard import CheckedChoice, checked_choice
 from parallax_gen.memory.lock import Lock
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, config_at
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.ops.base import KernelConfig, config_to_dict, op_of
 from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.spec import KernelSpec
 
 # A call of this package first compiles a borrowed kernel and may reject it. An exported file has no such check.
 NOT_CHECKED = "not checked here: the file launches it even if it spills far more than the default"
@@ -25,8 +26,12 @@ NOT_CHECKED = "not checked here: the file launches it even if it spills far more
 
 @dataclass(frozen=True)
 class ExportedKernel:
-    """A kernel to export: its place and config, and a sentence that says where the config comes from."""
+    """A kernel to export: its place and config, and a sentence that says where the config comes from.
 
+    spec  differs from its place's if it is batch-invariant: see `memory.place.place_of`
+    """
+
+    spec: KernelSpec
     place: Place
     config: KernelConfig
     provenance: str
@@ -34,25 +39,27 @@ class ExportedKernel:
     def file_name(self, source: KernelSource) -> str:
         """An importable module name, such as decode_d128_bf16_g4_rows256_kv8192.py."""
         bucket = self.place.bucket
-        lengths = op_of(self.place.spec).bucket_suffix(self.place.spec, bucket)
+        lengths = op_of(self.spec).bucket_suffix(self.spec, bucket)
         window = f"_w{bucket.window}" if bucket.window else ""
         return f"{source.name}_rows{bucket.kv_rows}{lengths}{window}.py"
 
     def to_json(self, path: Path) -> dict[str, Any]:
         return {
             "file": str(path),
-            "spec": self.place.spec.to_dict(),
+            "spec": self.spec.to_dict(),
             "bucket": self.place.bucket.to_dict(),
             "config": config_to_dict(self.config),
             "from": self.provenance,
         }
 
 
-def kernels_at(places: Iterable[Place], gpu: Gpu, memory: Memory, lock: Lock | None = None) -> list[ExportedKernel]:
-    """The kernel that calls get at each place, each place once. Raises LockError if the lock refuses one."""
-    choices = {place: checked_choice(place, gpu, memory, lock=lock) for place in places}
+def kernels_at(
+    kernels: Iterable[tuple[KernelSpec, Place]], gpu: Gpu, memory: Memory, lock: Lock | None = None
+) -> list[ExportedKernel]:
+    """What calls of each kernel get at its place, each once. Raises LockError if the lock refuses one."""
+    choices = {(spec, place): checked_choice(place, gpu, memory, lock=lock) for spec, place in kernels}
     origins = Origins(memory)
-    return [_exported(place, choice, origins) for place, choice in choices.items()]
+    return [_exported(spec, place, choice, origins) for (spec, place), choice in choices.items()]
 
 
 def known_places(memory: Memory, gpu: Gpu, matches: Callable[[Place], bool]) -> list[Place]:
@@ -70,10 +77,10 @@ def write_kernels(kernels: Iterable[ExportedKernel], gpu: Gpu, folder: Path) -> 
         folder.mkdir(parents=True, exist_ok=True)
         for kernel in kernels:
             place = kernel.place
-            source = render(place.spec, kernel.config, gpu)
+            source = render(kernel.spec, kernel.config, gpu)
             path = folder / kernel.file_name(source)
             path.write_text(source.text, encoding="utf-8")
-            sections[path.name] = section(source.text, f"{place.spec}; {place.bucket}", gpu.title, kernel.provenance)
+            sections[path.name] = section(source.text, f"{kernel.spec}; {place.bucket}", gpu.title, kernel.provenance)
             written.append((path, kernel))
         write_sections(readme, sections)
     except OSError as error:
@@ -81,15 +88,15 @@ def write_kernels(kernels: Iterable[ExportedKernel], gpu: Gpu, folder: Path) -> 
     return written
 
 
-def _exported(place: Place, choice: CheckedChoice, origins: Origins) -> ExportedKernel:
-    config, record = choice.candidate.config, choice.candidate.record
+def _exported(spec: KernelSpec, place: Place, choice: CheckedChoice, origins: Origins) -> ExportedKernel:
+    config, record = config_at(spec, choice.candidate.config), choice.candidate.record
     if choice.candidate.locked:
-        return ExportedKernel(place, config, "the lock that was on, which decides without records")
+        return ExportedKernel(spec, place, config, "the lock that was on, which decides without records")
     if record is None:
         reason = ", not measured: no record can be used"
         if choice.refused:
             reason = ": every borrowed kernel spills too much, does not fit or does not compile here"
-        return ExportedKernel(place, config, f"the default config{reason}")
+        return ExportedKernel(spec, place, config, f"the default config{reason}")
     assert record.time_us is not None
     owner = {"yours": "your record", "shipped": "a shipped record"}[origins.of(record)]
     if record.place != place:
@@ -101,4 +108,4 @@ def _exported(place: Place, choice: CheckedChoice, origins: Origins) -> Exported
         parts.append(", ".join(differences))
     if not choice.checked:
         parts.append(NOT_CHECKED)
-    return ExportedKernel(place, config, "; ".join(part for part in parts if part))
+    return ExportedKernel(spec, place, config, "; ".join(part for part in parts if part))

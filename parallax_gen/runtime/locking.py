@@ -63,7 +63,7 @@ def lock_kernels(
     for spec, shape in kernels:
         choice = choose(spec, shape, gpu, memory, compiler(spec, shape, gpu) if is_here else None)
         choices[choice.place] = choice
-    locked |= {place: LockedKernel.here(place, choice.config, gpu) for place, choice in choices.items()}
+    locked |= {place: LockedKernel.here(place, choice.candidate.config, gpu) for place, choice in choices.items()}
     write_lock(path, locked.values())
     return read_lock(path), list(choices.values())
 
