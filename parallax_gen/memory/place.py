@@ -13,7 +13,6 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.bounds import shown
 from parallax_gen.memory.old import spec_from
 from parallax_gen.ops.base import KernelConfig
-from parallax_gen.ops.tiles import TileConfig
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 
@@ -105,5 +104,5 @@ def config_at(spec: KernelSpec, config: KernelConfig) -> KernelConfig:
 
     Loads by pointers give the same values, which are computed with in the same order.
     """
-    by_descriptors = isinstance(config, TileConfig) and config.LOADS == "descriptors"
-    return replace(config, LOADS="pointers") if by_descriptors and spec.varlen else config
+    changes: Any = {"LOADS": "pointers"} if spec.varlen and getattr(config, "LOADS", "") == "descriptors" else {}
+    return replace(config, **changes)

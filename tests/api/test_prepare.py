@@ -98,7 +98,7 @@ def test_on_the_card_calls_find_the_kernel_loaded(
     store.save(record_of("h200", make_record().config, 20.0))
     (kernel,) = prepare(KERNEL, gpu=None).kernels
     assert (kernel.tier, kernel.checked) == (Tier.MEASURED_HERE, True)
-    assert dispatcher._kernels[PLACE][0].config == kernel.config == make_record().config
+    assert dispatcher._kernels[PLACE, PLACE.spec][0].config == kernel.config == make_record().config
     dispatcher._untuned_notice._warned = False
     with pytest.warns(UntunedWarning, match="there is no usable measurement"):
         prepare(FORWARD, gpu="h200")

@@ -321,3 +321,21 @@ def test_a_shape_of_tune_says_which_bucket_it_means(fake_h200: None, store: Stor
     result = run("tune", "--op", "decode", "--op", "forward", "--shape", "1,8,5000", "--trials", "1", "--workers", "1")
     assert result.stderr.count("means the bucket") == 2
     assert {record.place.bucket for record in store.all()} == {Bucket(8, 4096, 4096), Bucket(8, 1, 4096)}
+
+
+@pytest.mark.parametrize("of", [("--model",), ("--for", "training", "--for", "serving", "--heads", "8/2")])
+def test_batch_invariant_kernels_of_a_model(of: tuple[str, ...], model: Path, tmp_path: Path) -> None:
+    """`explain`, `lock` and `export` take --batch-invariant with --model and --for; each place is locked once."""
+    asked = (*of, str(model)) if of == ("--model",) else (*of, "--window", "100")
+    options = ("--gpu", "h200", *asked, "--batch-invariant", "--max-len", "512", "--seqlen", "512")
+    steps = run_json("explain", *options, "--json")["steps"]
+    specs = [kernel["spec"] for step in steps for kernel in step["kernels"]]
+    assert specs
+    assert all(spec["batch_invariant"] for spec in specs)
+    assert {spec["op"] for spec in specs} == {"forward", "preprocess", "dkdv", "dqdr", "decode"}
+    assert all(spec["ragged"] for spec in specs if spec["op"] == "decode")
+    run("lock", *options, "-o", str(tmp_path / "kernels.lock"))
+    places = [json.loads(line)["place"] for line in (tmp_path / "kernels.lock").read_text("utf-8").splitlines()[1:]]
+    assert len(places) == 6  # four of training, decode and chunks
+    run("export", *options, "-o", str(tmp_path / "kernels"))
+    assert len(list((tmp_path / "kernels").glob("*.py"))) >= len(places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dispatched_kernels import kernels_of, recorded_kernels
 from hf_samples import CONFIGS, converted_model, padding, prompts
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+import parallax_gen
 from parallax_gen.problem.models import FAMILIES, Model
 from parallax_gen.problem.steps import Serving, Training, serving_steps, training_steps
 from parallax_gen.tuning.plan import read_model
@@ -71,6 +73,17 @@ def test_a_training_step_of_a_converted_model(name: str, tmp_path: Path) -> None
     with recorded_kernels() as launched:
         model.train()(prompts(2, 11)).logits.sum().backward()
     assert launched == kernels_of(training_steps(described, Training(batch=2, seqlen=11)))
+
+
+def test_a_converted_model_follows_the_mode(tmp_path: Path) -> None:
+    model, described = saved("mistral", tmp_path)
+    described, run = replace(described, batch_invariant=True), Serving(max_len=11, max_batch=1)
+    steps = {step.name: step for step in serving_steps(described, run)}
+    with parallax_gen.batch_invariant():
+        with recorded_kernels() as launched:
+            model.train()(prompts(2, 11)).logits.sum().backward()
+        assert launched == kernels_of(training_steps(described, Training(batch=2, seqlen=11)))
+        assert launched_by_the_last_step(model.eval(), described, 1) == kernels_of([steps["generate, batch 1"]])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

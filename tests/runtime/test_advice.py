@@ -213,7 +213,7 @@ def test_the_suggested_command_tunes_the_place() -> None:
         with click.Context(tune) as context:
             tune.parse_args(context, arguments[2:])
             options = context.params
-        names = ("causal", "stats", "per_sequence_lengths", "window", "varlen", "leftpad", "softcap")
+        names = ("causal", "stats", "per_sequence_lengths", "window", "varlen", "leftpad", "softcap", "batch_invariant")
         cache = {"page_size": options["page_size"] or 0, "cache_dtype": options["cache_dtype"] or ""}
         flags = Flags(**{name: options[name] for name in names}, **cache)
         (shape,) = options["shapes"]

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:parallax_gen. these are CPU tens
 
 MODEL = Model("tiny", heads=4, kv_heads=2, head_dim=16, windows=((0, 1), (150, 2)), softcap=True)
 PLAIN = Model("tiny", heads=3, kv_heads=3, head_dim=8, windows=((0, 2),), dtype="fp32")
+INVARIANT = dataclasses.replace(MODEL, batch_invariant=True)
 
 
 def layers_of(model: Model) -> list[int]:
@@ -27,14 +28,15 @@ def layers_of(model: Model) -> list[int]:
 
 
 def options_of(model: Model, window: int) -> dict[str, Any]:
-    return {"causal": True, "window_size": window or None, "softcap": 30.0 if model.softcap else None}
+    options = {"causal": True, "window_size": window or None, "softcap": 30.0 if model.softcap else None}
+    return {**options, "batch_invariant": model.batch_invariant}
 
 
 def normal(model: Model, *sizes: int) -> Tensor:
     return torch.randn(*sizes, model.head_dim, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[model.dtype])
 
 
-@pytest.mark.parametrize("model", [MODEL, PLAIN, MODEL.split(2)])
+@pytest.mark.parametrize("model", [MODEL, PLAIN, MODEL.split(2), INVARIANT])
 @pytest.mark.parametrize("seqlen", [150, 260])  # the window covers all of the first
 def test_a_training_step_of_layers(model: Model, seqlen: int) -> None:
     width = model.heads * model.head_dim
@@ -67,7 +69,7 @@ def decode(model: Model, run: Serving, batch: int, queries: int = 1, *, lengths:
         parallax_attn_with_kvcache(q, r, k, v, **arguments, **options_of(model, window), **options)
 
 
-@pytest.mark.parametrize("model", [MODEL, PLAIN])
+@pytest.mark.parametrize("model", [MODEL, PLAIN, INVARIANT])
 @pytest.mark.parametrize("page_size", [0, 16, 48])
 def test_an_engines_steps(model: Model, page_size: int) -> None:
     run = Serving(max_len=290, page_size=page_size, max_batch=3, chunk=7)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from dispatched_kernels import recorded_kernels
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -143,6 +144,22 @@ def check_caches(mesh: DeviceMesh) -> None:
     same([room], [parallax_attn_with_kvcache(q, r, k, v, **ints)])
 
 
+def check_batch_invariance(mesh: DeviceMesh) -> None:
+    """Sequences are whole where they are computed, also if the caller shards them."""
+    inputs = dense()[:4]
+    for place in (Shard(0), Shard(1), Shard(2)):
+        shards = [x.requires_grad_() for x in sharded(mesh, inputs, [place] * 4)]
+        with recorded_kernels() as launched:
+            parallax_attn_func(*shards, batch_invariant=True).sum().backward()
+            with torch.no_grad():
+                parallax_attn_with_kvcache(*shards, batch_invariant=True)
+        assert {(spec.op, spec.batch_invariant) for spec, _ in launched} == {
+            (op, True) for op in ("forward", "preprocess", "dkdv", "dqdr", "decode_varlen")
+        }
+        whole = {(bucket.seqlen_q, bucket.seqlen_kv) for spec, bucket in launched if spec.op == "forward"}
+        assert whole == {(128, 128)}
+
+
 def check_refused(mesh: DeviceMesh) -> None:
     inputs = dense()[:4]
     shards = sharded(mesh, inputs, [Shard(2)] * 4)
@@ -165,7 +182,7 @@ def work(rank: int, ranks: int, port: int, failures: Any) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
     try:
         mesh = init_device_mesh("cpu", (ranks,))
-        for check in (check_all_placements, check_packed, check_caches, check_refused):
+        for check in (check_all_placements, check_packed, check_caches, check_batch_invariance, check_refused):
             check(mesh)
     except Exception:
         failures.put(f"rank {rank} of {ranks}:\n{traceback.format_exc()}")
