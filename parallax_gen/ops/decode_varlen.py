@@ -28,6 +28,8 @@ class DecodeVarlenOp(CacheOp):
     spare_split_every = 8
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
+        if spec.batch_invariant and knob.name == "NUM_SPLITS":  # what is best at the timed sizes is not for all
+            return (self.invariant_splits(spec),)
         if knob.name == "merge":
             return ("last",) if spec.multi_token else ("last", "kernel")
         return super().usable(spec, knob)
@@ -43,12 +45,17 @@ class DecodeVarlenOp(CacheOp):
         return None
 
     def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
-        if spec.batch_invariant:  # for sequences alone as for large batches
-            return 8 if spec.multi_token else 32
+        if spec.batch_invariant:
+            return self.invariant_splits(spec)
         if spec.multi_token:
             return super().splits_wanted(spec, programs, gpu)
         # Few sequences are as long as the longest, and their keys must be split too.
         return max(4, 3 * gpu.sms // programs)
+
+    @staticmethod
+    def invariant_splits(spec: KernelSpec) -> int:
+        """NUM_SPLITS of batch-invariant kernels, for a sequence alone as for large batches."""
+        return 8 if spec.multi_token else 32
 
     def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
         # A long sequence among short ones gets most of the splits, whatever the average is.

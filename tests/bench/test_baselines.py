@@ -260,6 +260,7 @@ def test_names_and_parts_of_baselines() -> None:
     assert [name for name, baseline in BASELINES.items() if baseline.softmax] == names
     assert list(BASELINES) == [
         "parallax_gen",
+        "batch-invariant",
         *names,
         "parallax-kernel CuTeDSL",
         "parallax-kernel Triton",

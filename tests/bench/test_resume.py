@@ -12,7 +12,7 @@ import pytest
 from cli_samples import run, run_json
 
 from parallax_gen.bench import compare as comparing
-from parallax_gen.bench.baselines import BASELINES
+from parallax_gen.bench.baselines import BASELINES, BATCH_INVARIANT, OURS
 from parallax_gen.bench.cases import QUICK_SHAPES, bytes_needed, cases_of, quick_cases
 from parallax_gen.bench.results_csv import COLUMNS, ResultsCsv
 from parallax_gen.bench.rows import (
@@ -379,8 +379,19 @@ def test_invalid_options_are_usage_errors_before_anything_is_timed(
 
 def test_skip_and_oracle(timer: FakeTimer) -> None:
     done = run(*DECODE, "--shape", "1,8,64", "--skip", "fla", "--oracle", "sample", "--json")
-    assert [row["contender"] for row in json.loads(done.stdout)["rows"]] == [n for n in BASELINES if n != "fla"]
+    assert [row["contender"] for row in json.loads(done.stdout)["rows"]] == [
+        name for name in BASELINES if name not in ("fla", BATCH_INVARIANT)
+    ]
     assert timer.efforts == [dataclasses.replace(FULL_EFFORT, oracle="sample")]
+
+
+def test_batch_invariant_calls_are_one_more_baseline(timer: FakeTimer) -> None:
+    """At the same cases: --batch-invariant is not a flag of theirs."""
+    done = run(*DECODE, "--shape", "1,8,64", "--batch-invariant", "--only", OURS, "--json")
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["contender"] for row in rows] == [OURS, BATCH_INVARIANT]
+    assert rows[0]["package"] != rows[1]["package"]  # other kernels
+    assert not any("batch_invariant" in row["spec"] for row in rows if isinstance(row.get("spec"), dict))
 
 
 def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
