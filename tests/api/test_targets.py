@@ -11,6 +11,7 @@ import torch
 from dispatched_kernels import kernels_of, recorded_kernels
 from torch import nn
 
+import parallax_gen
 from parallax_gen.api.targets import A_MODEL, Target, models_of_module, only_one, target_of
 from parallax_gen.errors import ArgumentError
 from parallax_gen.nn import ParallaxAttention
@@ -138,3 +139,15 @@ def test_exactly_one_is_given() -> None:
         only_one(model=None, calls=None)
     with pytest.raises(ArgumentError, match="model, calls: got model and calls"):
         only_one(model=1, calls=2)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_batch_invariant_layers_and_the_mode(mode: bool, tmp_path: Path) -> None:
+    """Layers say it themselves; layers that do not, and folders, follow the process's mode."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    with parallax_gen.batch_invariant(mode):
+        kinds = models_of_module(layers({}, {"batch_invariant": True}, {"batch_invariant": False}))
+        of_folder = target(tmp_path)
+    assert sorted((kind.batch_invariant, kind.layers) for kind in kinds) == sorted([(mode, 2), (not mode, 1)])
+    assert {spec.batch_invariant for spec, _ in of_folder.kernels} == {mode}
+    assert any(spec.op == "decode" for spec, _ in of_folder.kernels) != mode

@@ -177,8 +177,8 @@ def test_kernels_of_a_training_step() -> None:
 
 
 FIELDS = {
-    KernelSpec: "['cache_dtype', 'causal', 'dtype', 'group', 'head_dim', 'leftpad', 'many_queries', 'op', "
-    "'page_size', 'ragged', 'softcap', 'stats', 'varlen', 'window']",
+    KernelSpec: "['batch_invariant', 'cache_dtype', 'causal', 'dtype', 'group', 'head_dim', 'leftpad', 'many_queries', "
+    "'op', 'page_size', 'ragged', 'softcap', 'stats', 'varlen', 'window']",
     Shape: "['batch', 'heads', 'kv_heads', 'seqlen_kv', 'seqlen_q', 'window']",
     Bucket: "['kv_rows', 'seqlen_kv', 'seqlen_q', 'window']",
 }
