@@ -158,6 +158,7 @@ def check_batch(seed: int) -> None:
         (expected,) = rows_of(alone, [sequences[i]], packed)
         assert torch.equal(rows_of(together, sequences, packed)[i], expected), (seed, i)
     if seed % 50 == 0:
+        given.pop("max_seqlen_q", None)
         exact = reference_cached_forward(**given, **options).out
         assert (together.double() - exact).norm() <= tolerance("bf16") * exact.norm()
 
