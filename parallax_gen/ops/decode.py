@@ -233,7 +233,8 @@ def _default_tiles(spec: KernelSpec, block_h: int, gpu: Gpu) -> list[tuple[int, 
         tiles = [*tall, *((n, 16, w, s) for n, _, w, s in tiles)]
     elif spec.cache_dtype and spec.head_dim <= 64:
         pass  # from compiling: with such narrow heads each of two warps would widen all elements
-    elif spec.page_size or spec.cache_dtype:  # more work for each key: two warps share it
+    elif spec.page_size or spec.cache_dtype or (spec.batch_invariant and not spec.multi_token):
+        # more work for each key: two warps share it
         tiles = [(64, block_h, 2, 3), *tiles]
     elif spec.multi_token:
         tiles = [(32, block_h, 2, 4), *tiles]

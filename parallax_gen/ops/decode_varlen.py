@@ -55,7 +55,7 @@ class DecodeVarlenOp(CacheOp):
     @staticmethod
     def invariant_splits(spec: KernelSpec) -> int:
         """NUM_SPLITS of batch-invariant kernels, for a sequence alone as for large batches."""
-        return 8 if spec.multi_token else 32
+        return 8 if spec.multi_token else 16
 
     def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
         # A long sequence among short ones gets most of the splits, whatever the average is.

@@ -132,4 +132,4 @@ def test_the_default_number_of_splits_depends_on_the_kernel_alone() -> None:
     op = op_of(ONE_QUERY)
     shapes = [Shape(1, 16, 8, 1, 8192), Shape(64, 16, 8, 1, 1024)]
     splits = {op.defaults(replace(ONE_QUERY, head_dim=128), shape, GPU)[0].NUM_SPLITS for shape in shapes}
-    assert splits == {32}
+    assert splits == {16}
