@@ -61,9 +61,9 @@ def neighbours(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> list[KernelC
 
 def every_config(spec: KernelSpec, gpu: Gpu) -> Iterator[KernelConfig]:
     """Every valid config, each once."""
-    knobs = knobs_of(spec)
-    for values in itertools.product(*(knob.values for knob in knobs)):
-        config = config_from_dict(spec.op, dict(zip((knob.name for knob in knobs), values, strict=True)))
+    config_class = op_of(spec).config  # its fields are the knobs, in order
+    for values in itertools.product(*(knob.values for knob in knobs_of(spec))):
+        config = config_class(*values)
         if why_invalid(spec, config, gpu) is None:
             yield config
 
