@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fw
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from assertions import assert_close
 from attention_samples import plain_attention
+from forked import run_ranks
 from torch import Tensor
 
 from parallax_gen.distributed import gather_sequence, ring_attn_func, shard_sequence
@@ -60,46 +57,14 @@ def check(rank: int, ranks: int, case: tuple[Any, ...]) -> None:
             assert errors(result, expected, float(natural)).relative < 2e-2
 
 
-def work(rank: int, ranks: int, port: int, failures: Any) -> None:
-    warnings.simplefilter("ignore")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    try:
-        for case in CASES:
-            check(rank, ranks, case)
-    except Exception:
-        failures.put(f"rank {rank} of {ranks}:\n{traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
+def work(rank: int, ranks: int) -> None:
+    for case in CASES:
+        check(rank, ranks, case)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_ring_attention_equals_attention_on_one_rank(ranks: int, free_port: int) -> None:
-    context = mp.get_context("spawn")
-    failures = context.SimpleQueue()
-    processes = [context.Process(target=work, args=(rank, ranks, free_port, failures)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-    assert failures.empty(), failures.get()
-    assert not stuck
-    assert [process.exitcode for process in processes] == [0] * ranks
-
-
-@pytest.fixture
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as result:
-        result.bind(("127.0.0.1", 0))
-        port: int = result.getsockname()[1]
-        return port
+def test_ring_attention_equals_attention_on_one_rank(ranks: int, tmp_path: Path) -> None:
+    run_ranks(work, ranks, tmp_path, ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run_code, run_ranks
 
 import parallax_gen
 from parallax_gen.codegen.render import render
@@ -224,19 +222,15 @@ print(json.dumps([choice.config.NUM_SPLITS, hashlib.sha256(open(module.__file__,
 """
 
 
-def process(folder: Path, name: str, splits: int, **environment: str) -> subprocess.CompletedProcess[str]:
+def process(folder: Path, name: str, splits: int, **environment: str) -> CompletedProcess[str]:
     """A process with a database of its own, in which another config is the best."""
     database = folder / f"{name}.db"
     with Store(database) as store:
         store.save(record(splits))
-    return subprocess.run(
-        [sys.executable, "-c", CHOOSE],
-        env={**os.environ, "PARALLAX_GEN_DB": str(database), "PARALLAX_GEN_QUIET": "1", **environment},
-        cwd=Path(parallax_gen.__file__).parents[1],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in {"PARALLAX_GEN_DB": str(database), "PARALLAX_GEN_QUIET": "1", **environment}.items():
+            patch.setenv(variable, value)
+        return run_code(CHOOSE, folder)
 
 
 def test_two_processes_with_one_lock_and_different_databases(path: Path, tmp_path: Path) -> None:
@@ -318,34 +312,15 @@ CASES: tuple[Callable[[int, Path], None], ...] = (
 )
 
 
-def work(rank: int, folder: Path, failures: Any) -> None:
+def work(rank: int, folder: Path) -> None:
     os.environ["PARALLAX_GEN_DB"] = str(folder / f"{rank}.db")
     os.environ["PARALLAX_GEN_QUIET"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     tuning.gpu_here = lambda: GPU  # the test machine has no GPU
     shipped._folder = lambda _: folder / "shipped"
-    try:
-        for case in CASES:
-            case(rank, folder)
-            dist.barrier()
-    except BaseException:
-        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
+    for case in CASES:
+        case(rank, folder)
+        dist.barrier()
 
 
 def test_ranks_check_that_they_hold_the_same_lock(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    failures = context.SimpleQueue()
-    processes = [context.Process(target=work, args=(rank, tmp_path, failures)) for rank in range(RANKS)]
-    for started in processes:
-        started.start()
-    for started in processes:
-        started.join(timeout=120)
-    stuck = [started for started in processes if started.is_alive()]
-    for started in stuck:
-        started.kill()
-    assert failures.empty(), failures.get()
-    assert not stuck
-    assert [ended.exitcode for ended in processes] == [0] * RANKS
+    run_ranks(work, RANKS, tmp_path, tmp_path)

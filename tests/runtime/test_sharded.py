@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-import traceback
-import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from dispatched_kernels import recorded_kernels
+from forked import run_ranks
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -175,39 +173,14 @@ def check_refused(mesh: DeviceMesh) -> None:
         parallax_attn_func(*[x.requires_grad_() for x in shards], out=shards[0].detach())
 
 
-def work(rank: int, ranks: int, port: int, failures: Any) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, ranks, rank == 0)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
-    try:
-        mesh = init_device_mesh("cpu", (ranks,))
-        for check in (check_all_placements, check_packed, check_caches, check_batch_invariance, check_refused):
-            check(mesh)
-    except Exception:
-        failures.put(f"rank {rank} of {ranks}:\n{traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
+def work(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for check in (check_all_placements, check_packed, check_caches, check_batch_invariance, check_refused):
+        check(mesh)
 
 
-def test_two_ranks() -> None:
-    with socket.socket() as result:
-        result.bind(("127.0.0.1", 0))
-        port = result.getsockname()[1]
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor.debug", "parallax_gen.runtime.kvcache", "pytest"])
-    failures = context.SimpleQueue()
-    processes = [context.Process(target=work, args=(rank, 2, port, failures)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-    assert failures.empty(), failures.get()
-    assert not stuck
+def test_two_ranks(tmp_path: Path) -> None:
+    run_ranks(work, 2, tmp_path)
 
 
 class Mesh(NamedTuple):

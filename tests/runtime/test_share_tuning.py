@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run_ranks
 
 from parallax_gen.codegen.render import KernelSource, render, text_hash_of
 from parallax_gen.codegen.resources import Resources
@@ -252,22 +250,14 @@ CASES: tuple[Callable[[int], None], ...] = (
 )
 
 
-def work(rank: int, folder: Path, failures: Any) -> None:
+def work(rank: int, folder: Path) -> None:
     os.environ["PARALLAX_GEN_DB"] = str(folder / f"{rank}.db")
     os.environ["PARALLAX_GEN_QUIET"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     tuning.gpu_here = lambda: GPU  # the test machine has no GPU
     shipped._folder = lambda _: folder / "shipped"
-    try:
-        for case in CASES:
-            case(rank)
-            dist.barrier()
-    except BaseException:
-        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
+    for case in CASES:
+        case(rank)
+        dist.barrier()
 
 
 def test_ranks_share_rank_0s_records(tmp_path: Path) -> None:
@@ -275,19 +265,7 @@ def test_ranks_share_rank_0s_records(tmp_path: Path) -> None:
     for gpu in ("h100", "h200"):
         records = read_file(data_dir("tuning_db") / f"{gpu}.jsonl").results
         write_lines(tmp_path / "shipped" / f"{gpu}.jsonl", records[::200])
-    context = mp.get_context("spawn")
-    failures = context.SimpleQueue()
-    processes = [context.Process(target=work, args=(rank, tmp_path, failures)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-    assert failures.empty(), failures.get()
-    assert not stuck
-    assert [process.exitcode for process in processes] == [0] * RANKS
+    run_ranks(work, RANKS, tmp_path, tmp_path)
 
 
 def test_without_a_process_group_share_tuning_is_an_error() -> None:
