@@ -41,7 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
+# Files with tests of up to a minute. They run first: begun last, one would keep a core busy while the others idle.
+LONG_FILES = ("test_build.py", "test_docs.py", "test_faulty_compilation.py", "test_packaging.py", "test_storage.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     for item in items:
         if "gpu" in item.keywords and not ON_A_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -59,13 +64,15 @@ def pytest_runtest_setup() -> None:
 def _session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put kernels, results and Triton's cache into a folder of this session, for child processes too.
 
-    Set TRITON_CACHE_DIR to keep what Triton compiled from one session to the next.
+    The workers of pytest-xdist share what Triton compiled: it replaces files atomically. Set TRITON_CACHE_DIR to keep
+    it from one session to the next.
     """
     folder = tmp_path_factory.mktemp("home")
+    shared = folder if "PYTEST_XDIST_WORKER" not in os.environ else tmp_path_factory.getbasetemp().parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARALLAX_GEN_CACHE_DIR", str(folder / "cache"))
         patch.setenv("PARALLAX_GEN_DB", str(folder / "tuning.db"))
-        patch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(folder / "triton")))
+        patch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(shared / "triton")))
         yield
 
 

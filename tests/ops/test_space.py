@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import compatible_flags
 
 from parallax_gen.errors import ArgumentError
-from parallax_gen.ops.base import OPS_BY_NAME, KernelConfig, OpKind, config_from_dict
+from parallax_gen.ops.base import OPS_BY_NAME, KernelConfig, OpKind
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.dkdv import DkDvConfig
 from parallax_gen.ops.dqdr import DqDrConfig
@@ -129,7 +129,7 @@ def test_every_config_is_valid_and_listed_once(op: str, dtype: str, head_dim: in
     found = list(every_config(spec, H200))
     every = itertools.product(*(knob.values for knob in OPS_BY_NAME[op].knobs))
     names = [knob.name for knob in OPS_BY_NAME[op].knobs]
-    valid = {config_from_dict(op, dict(zip(names, values, strict=True))) for values in every}
+    valid = {OPS_BY_NAME[op].config(**dict(zip(names, values, strict=True))) for values in every}
     assert set(found) == {config for config in valid if why_invalid(spec, config, H200) is None}
     assert len(set(found)) == len(found) > (10 if op == "preprocess" else 20)
 
