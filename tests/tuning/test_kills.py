@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("endless_tune.py")
 AT_ONCE = 5
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_kills_lose_no_finished_trial_and_no_database(tmp_path: Path, rounds: int) -> None:
     path = tmp_path / "tuning.db"
     chance = random.Random(0)
