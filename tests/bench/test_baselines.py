@@ -144,7 +144,11 @@ def test_flash_attention_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_ours_and_flash_attention_alone_cap_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {name for name, baseline in BASELINES.items() if baseline.softcap} == {"parallax_gen", "batch-invariant", *FLASH}
+    assert {name for name, baseline in BASELINES.items() if baseline.softcap} == {
+        "parallax_gen",
+        "batch-invariant",
+        *FLASH,
+    }
     x = random_inputs_for_case("forward", CAPPED, Shape(1, 4, 2, 24, 24), "cpu")
     with pytest.raises(NotImplementedError, match="no softcap"):
         prepared("fla", "forward", CAPPED, x)
