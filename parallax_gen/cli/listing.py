@@ -51,15 +51,21 @@ def list_known(
     """List the configs that calls get, by kernel and sizes.
 
     Begins with a summary: how many sizes of each kernel have a config that was measured on this card with this Triton,
-    with another one, and so on. Options that select kernels or sizes leave out all others; with --model, lists all
-    kernels of the model's steps.
+    with another one, and so on; with --gpu also those that this card borrows from another. Options that select kernels
+    or sizes leave out all others; with --model, lists all kernels of the model's steps.
 
     \b
     Example
       parallax-gen list --gpu h200 --op decode --head-dim 128
       parallax-gen list --gpu h200 --op training --summary
     """
-    from parallax_gen.memory.descriptions import Origins, choices_of_places, name_in_records, open_memory
+    from parallax_gen.memory.descriptions import (
+        Origins,
+        borrowed_places,
+        choices_of_places,
+        name_in_records,
+        open_memory,
+    )
     from parallax_gen.memory.descriptions import results_of_places as all_results
     from parallax_gen.memory.ranking import RecordTable
     from parallax_gen.report.listing import TIER_WORDS, Filter, to_json
@@ -72,10 +78,12 @@ def list_known(
         return
     results = memory.all()
     table = RecordTable(results)
+    borrowed = []
     if gpu is not None:
         name = name_in_records(gpu, results)
+        borrowed = borrowed_places(name, results)
         results = [r for r in results if r.place.gpu == name]
-    places = list(dict.fromkeys(result.place for result in results))
+    places = list(dict.fromkeys([*(result.place for result in results), *borrowed]))
     if model is not None:
         places = asked(model, requested, [shape] if shape else []).places(chosen_gpu(gpu))
     else:
@@ -88,6 +96,8 @@ def list_known(
         lines = all_results([r for r in results if r.place in chosen])
     else:
         lines = choices_of_places(sorted(places, key=lambda place: place.order), table)
+        if model is None:  # a place without results is listed only for what it borrows
+            lines = [line for line in lines if line.result]
         lines = [line for line in lines if tier is None or (line.tier and TIER_WORDS[line.tier] == tier)]
     origins = Origins(memory)
     if as_json:

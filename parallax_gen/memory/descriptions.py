@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +21,7 @@ from parallax_gen.memory.ranking import (
     comparable_default,
     default_of,
     is_rendered,
+    sibling_places,
 )
 from parallax_gen.memory.result import PROTOCOL, Outcome, Result, newest_toolchain_first
 from parallax_gen.memory.shipped import Memory
@@ -137,6 +138,18 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
         if any(result.place.gpu == gpu for result in results):
             return gpu
         raise
+
+
+def borrowed_places(gpu: str, results: Iterable[Result]) -> list[Place]:
+    """The places of a card at which its calls may borrow one of the results, which sibling cards have.
+
+    gpu  its name in records
+    """
+    card = card_named(gpu)
+    if card is None:
+        return []
+    theirs = dict.fromkeys(result.place for result in results if result.place.gpu != gpu)
+    return [own for place in theirs if place in sibling_places(own := replace(place, gpu=gpu), card)]
 
 
 # -- The lines of `parallax-gen list`

@@ -21,7 +21,6 @@ from parallax_gen.memory.result import Result
 from parallax_gen.ops.base import KernelConfig, config_to_dict
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.models import Model, model_of
-from parallax_gen.problem.shapes import representative
 from parallax_gen.problem.steps import Call, Step
 from parallax_gen.problem.work import bound_us
 from parallax_gen.tuning.job import Job, Progress, weakest_first
@@ -60,8 +59,9 @@ class Plan:
         return place_of(self.gpu.name, call.spec, call.shape)
 
     def bound_us(self, call: Call) -> float:
-        """The roofline bound of a launch at the place's sizes."""
-        return bound_us(call.spec, representative(self.place(call).bucket, call.spec.group), self.gpu)
+        """The roofline bound of a launch at the place's sizes, with the cache lengths that its time is of."""
+        job = Job.of(call.spec, call.shape, self.gpu)
+        return bound_us(job.spec, job.timed_shape, self.gpu)
 
     @cached_property
     def jobs(self) -> list[Job]:
@@ -124,7 +124,7 @@ class CallTimes:
 
     Times are those of the place's bucket, which stands for the call's sizes.
     note      where the config comes from, or how its trials ended
-    bound_us  the least time that the card's peak rates allow, at the place's sizes
+    bound_us  the least time that the card's peak rates allow, at the place's sizes and the timed lengths
     """
 
     call: Call

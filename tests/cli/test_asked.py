@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,10 @@ from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import config_to_dict
+from parallax_gen.ops.space import timed_shape
 from parallax_gen.problem.shapes import Bucket, representative
-from parallax_gen.problem.work import bound_us
+from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.work import bound_us, work_of
 from parallax_gen.problem.workloads import STEP
 from parallax_gen.runtime.dispatch import choose
 
@@ -91,6 +94,19 @@ def test_explain_a_training_step(store: Store) -> None:
     assert dkdv.split()[:6] == ["dkdv", "4096", "W513", "1", "300.0", "150.0"]
     assert dkdv.endswith("measured here  M64 N128 G4 w8 s2 chunk tma qr")
     assert next(line for line in lines if line.startswith("sum")).split()[:5] == ["sum", "4", "1000", "850.0", "1.18x"]
+
+
+def test_the_bound_of_a_kernel_is_of_the_lengths_that_its_time_is_of(store: Store) -> None:
+    """A tune times sequences of different lengths, which have less to read than the bucket's."""
+    spec = KernelSpec("decode_varlen", 128, "bf16", group=4)
+    place = Place("h200", spec, Bucket(64, 1, 8192))
+    timed = timed_shape(spec, representative(place.bucket, 4))
+    at_peak = 1e6 * work_of(spec, timed).bytes / H200.bandwidth
+    store.save(make_record(1.01 * at_peak, place=place, config=default_of(place, H200), shape=timed))
+    steps = run_json("explain", "--gpu", "h200", "--for", "serving", "--heads", "32/8", "--head-dim", "128")["steps"]
+    step = next(step for step in steps if step["step"] == "decode, batch 8")
+    assert step["bound_us"] == pytest.approx(at_peak)
+    assert step["time_us"] > step["bound_us"]
 
 
 def test_explain_a_step_names_tiers_and_leaves_unknown_times_out(store: Store) -> None:
@@ -289,6 +305,24 @@ def test_filters_of_list(arguments: tuple[str, ...], places: int, store: Store) 
     assert len(run_json("list", *arguments)["records"]) == places
     if not places:
         assert "no results of these kernels and sizes" in run("list", *arguments).stdout
+
+
+def test_list_of_a_card_has_what_it_borrows(store: Store) -> None:
+    records(store)  # an H200's
+    store.save(make_record(100.0, place=dataclasses.replace(PLACE, gpu="h100")))
+    listed = run_json("list", "--gpu", "h100")["records"]
+    tiers = Counter((line["of_place"]["spec.op"], line["tier"]) for line in listed)
+    assert tiers == {  # preprocess does not borrow
+        ("forward", "a sibling card"): 1,
+        ("dkdv", "a sibling card"): 1,
+        ("dqdr", "a sibling card"): 1,
+        ("decode", "measured here"): 1,
+        ("decode", "a sibling card"): 3,  # one of them with pages
+    }
+    assert {line["of_place"]["gpu"] for line in listed} == {"h100"}
+    assert len(run_json("list", "--gpu", "h100", "--op", "forward", "--tier", "sibling")["records"]) == 1
+    assert len(run_json("list", "--gpu", "h100", "--all")["records"]) == 1
+    assert run_json("list", "--gpu", "a100")["records"] == []  # of another capability
 
 
 def test_list_of_a_model_has_its_kernels_without_results(store: Store) -> None:
