@@ -57,7 +57,7 @@ class ModelArgs:
             allowed += "--window and --softcap"
             raise click.UsageError(f"--model and --for allow only these flags of kernels: {allowed}")
         dtype = dtypes[0] if dtypes else model.dtype
-        model = replace(model.split(self.tp), dtype=dtype, batch_invariant=flags.batch_invariant)
+        model = replace(model.split(self.tp, "--tp"), dtype=dtype, batch_invariant=flags.batch_invariant)
         training = Training.for_model(model, **self.runs[TRAINING]) if TRAINING in self.runs else None
         serving = Serving.for_model(model, **self.runs[SERVING], **cache) if SERVING in self.runs else None
         return model, steps_of(model, training, serving)

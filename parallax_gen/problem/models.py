@@ -39,10 +39,10 @@ class Model:
     def layers(self) -> int:
         return sum(layers for _, layers in self.windows)
 
-    def split(self, ranks: int) -> Model:
+    def split(self, ranks: int, argument: str = "tp") -> Model:
         """One rank's part under tensor parallelism. Raises ArgumentError unless every rank gets whole kv heads."""
         if ranks < 1 or self.kv_heads % ranks or self.heads % ranks:
-            raise ArgumentError("tp", ranks, f"a divisor of the model's {self.kv_heads} kv heads")
+            raise ArgumentError(argument, ranks, f"a divisor of the model's {self.kv_heads} kv heads")
         return replace(self, heads=self.heads // ranks, kv_heads=self.kv_heads // ranks)
 
     def __str__(self) -> str:

@@ -35,7 +35,8 @@ def read_model(path: Path, argument: str = "--model") -> Model:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArgumentError(argument, error, "a folder with a config.json, or that file") from error
+        got = error if path.exists() else f"{path}, which is not on this machine"  # such as a name on the Hub
+        raise ArgumentError(argument, got, "a folder with a config.json, or that file") from error
     except ValueError as error:  # not UTF-8, or not JSON
         raise ArgumentError(argument, f"{file}, which is not JSON ({error})", "a config.json") from error
     if not isinstance(config, dict):

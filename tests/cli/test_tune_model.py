@@ -227,6 +227,7 @@ def test_several_devices_take_less_time(fake_h200: None, model: Path, monkeypatc
         (("--model", "{model}", "--training", "--max-len", "64"), "--max-len needs serving"),
         (("--model", "{model}", "--serving", "--batch", "2"), "--batch needs training"),
         (("--tp", "2"), "need --model or --for"),
+        (("--model", "{model}", "--tp", "3"), "error: --tp: got 3; allowed: a divisor of the model's 2 kv heads"),
         (("--max-batch", "2"), "need --model or --for"),
     ],
 )
@@ -248,7 +249,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path, store: Store) ->
     ):
         (tmp_path / name).write_text(text, encoding="latin-1")
     expected = {
-        "nothing": "No such file or directory: '",
+        "nothing": "nothing, which is not on this machine; allowed: a folder with a config.json, or that file",
         "folder": "config.json'; allowed: a folder with a config.json, or that file",
         "text.json": "text.json, which is not JSON (Expecting property name",
         "list.json": "list.json, which has no fields; allowed: a config.json",
