@@ -23,6 +23,7 @@ from parallax_gen.errors import ParallaxGenError
     help="A file of bench --csv or bench --json, for the comparison with other kernels. Repeatable.",
 )
 @click.option(
+    "-o",
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     default=Path("report.html"),

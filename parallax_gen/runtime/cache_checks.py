@@ -178,7 +178,9 @@ def _check_tensors(request: CacheRequest) -> None:
     if k.shape[3] != head_dim:
         raise ArgumentError("k_cache", f"head_dim {k.shape[3]}", f"{head_dim}, as q has")
     if k.shape[2] == 0 or heads == 0 or heads % k.shape[2]:
-        raise ArgumentError("k_cache", f"{k.shape[2]} kv heads", f"a divisor of q's {heads} heads")
+        raise ArgumentError(
+            "k_cache", f"{k.shape[2]} kv heads", f"a divisor of q's {heads} heads, in the dimension before head_dim"
+        )
     if v.shape != k.shape:
         raise ArgumentError("v_cache", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of k_cache")
     if paged and _strides(v) != _strides(k):

@@ -71,7 +71,9 @@ def check_inputs(q: Tensor, r: Tensor, k: Tensor, v: Tensor, *, packed: bool = F
         matching = ", ".join(map(str, (*batch, layout[-3], layout[-2], head_dim)))
         raise ArgumentError("k", f"shape {tuple(k.shape)}", f"({matching}), to match q")
     if k.shape[-2] == 0 or heads == 0 or heads % k.shape[-2]:
-        raise ArgumentError("k", f"{k.shape[-2]} kv heads", f"a divisor of q's {heads} heads")
+        raise ArgumentError(
+            "k", f"{k.shape[-2]} kv heads", f"a divisor of q's {heads} heads, in the dimension before head_dim"
+        )
     if v.shape != k.shape:
         raise ArgumentError("v", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, the shape of k")
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from parallax_gen.environment import RECORD
-from parallax_gen.errors import StoreError
+from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.calls import Kernel, add_calls
 from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
@@ -118,8 +118,11 @@ def record(path: str | Path | None = None) -> Recording:
 
     Each launch of a kernel counts once, in the forward and in the backward. Calls on CPU tensors launch nothing. Under
     torch.compile every run of the compiled code counts. A CUDA graph counts its calls once, when it is captured, not
-    when it is replayed. Raises StoreError if the file cannot be written, or has anything else in it.
+    when it is replayed. Raises ArgumentError for another type of path, and StoreError if the file cannot be written, or
+    has anything else in it.
     """
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise ArgumentError("path", f"{path!r:.80}", "a file's path, or None")
     return Recording(call_counts(), None if path is None else Path(path).expanduser().absolute())
 
 

@@ -83,6 +83,12 @@ def test_every_section_has_its_figures(page: Page) -> None:
     assert "no reason was recorded" in page.texts["failures"]
 
 
+def test_a_command_is_whole_and_breaks_only_between_words(page: Page) -> None:
+    assert "to measure, on the card: parallax-gen tune --refresh" in page.texts["overview"]
+    words = "parallax-gen tune --op decode --head-dim 128 --dtype bf16 --shape"
+    assert f" {words} " in page.texts["overview"]
+
+
 def test_links_have_targets(page: Page) -> None:
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallax_gen import parallax_attn_func, parallax_attn_varlen_func
+from parallax_gen import parallax_attn_func, parallax_attn_varlen_func, parallax_attn_with_kvcache
+from parallax_gen.errors import ArgumentError
 from parallax_gen.runtime import attention, layout
 from parallax_gen.runtime.layout import LayoutNotice, is_likely_heads_first
 from parallax_gen.runtime.plan import PlanCache
@@ -118,3 +119,12 @@ def test_only_a_first_call_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_process_has_one_notice() -> None:
     assert layout.layout_notice() is layout.layout_notice()
+
+
+def test_an_error_about_heads_names_their_dimension() -> None:
+    q, k = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 512, 64)  # one query of 8 heads, in the other layout
+    message = "got 512 kv heads; allowed: a divisor of q's 1 heads, in the dimension before head_dim"
+    with pytest.raises(ArgumentError, match=f"^k_cache: {message}"):
+        parallax_attn_with_kvcache(q, q, k, k)
+    with pytest.raises(ArgumentError, match=f"^k: {message}"):
+        parallax_attn_func(q, q, k, k)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import parallax_gen
-from parallax_gen.errors import StoreError
+from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.memory.calls import read_calls
 from parallax_gen.ops.space import default_config
 from parallax_gen.problem.hardware import GPUS
@@ -149,6 +149,11 @@ def test_it_is_written_meanwhile(
         assert read_calls(tmp_path / "calls") == Counter({KERNEL: 2})
     time.sleep(0.05)
     assert [thread for thread in threading.enumerate() if thread.name == "parallax_gen.record"] == []
+
+
+def test_a_path_of_another_type_is_one_clear_error() -> None:
+    with pytest.raises(ArgumentError, match=r"^path: got 5; allowed: a file's path, or None$"):
+        parallax_gen.record(5)  # type: ignore[arg-type]
 
 
 def test_a_file_of_anything_else_is_refused_at_once(counts: CallCounts, tmp_path: Path) -> None:
