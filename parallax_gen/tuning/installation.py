@@ -92,7 +92,7 @@ def _database() -> Iterator[tuple[str, str]]:
 
 def _records() -> Iterator[tuple[str, str]]:
     from parallax_gen.files import data_dir
-    from parallax_gen.memory.descriptions import choice_text, chosen
+    from parallax_gen.memory.descriptions import borrowed_places, choice_text, chosen
     from parallax_gen.memory.ranking import RecordTable
     from parallax_gen.memory.shipped import shipped_gpus
 
@@ -101,6 +101,9 @@ def _records() -> Iterator[tuple[str, str]]:
     results, sources = _usable_results()
     table = RecordTable(results)
     places = dict.fromkeys(record.place for record in results)
+    if (here := device.gpu_here(0)) is not None:  # also what its calls borrow from other cards
+        own = (place for place in borrowed_places(here.name, results) if place not in places)
+        places |= dict.fromkeys(place for place in own if chosen(place, table).candidate.record)
     for name in sorted({place.gpu for place in places}):
         card_places = [place for place in places if place.gpu == name]
         by_evidence = Counter(choice_text(chosen(place, table)) for place in card_places)

@@ -352,6 +352,11 @@ def test_doctor_counts_places_by_tier(store: Store, monkeypatch: pytest.MonkeyPa
         f"a100: 1 {counted} this Triton: 1",
         f"h200: 3 {counted} this Triton: 1, Triton 3.5 (not yet checked): 1, the default: 1",
     ]
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h100"))  # has no records
+    result = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
+    borrowed = "this Triton on h200 (not yet checked): 1, Triton 3.5 on h200 (not yet checked): 1"
+    assert result[1] == f"h100: 2 {counted} {borrowed}"
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: None)
     store.save(make_record(place=longer))
     result = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
     assert result[1] == f"h200: 3 {counted} this Triton: 2, the default: 1"
