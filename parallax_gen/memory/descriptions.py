@@ -141,14 +141,14 @@ def name_in_records(gpu: str, results: Iterable[Result]) -> str:
 
 
 def borrowed_places(gpu: str, results: Iterable[Result]) -> list[Place]:
-    """The places of a card at which its calls may borrow one of the results, which sibling cards have.
+    """The places of a card at which its calls may borrow one of the measurements of sibling cards.
 
     gpu  its name in records
     """
     card = card_named(gpu)
     if card is None:
         return []
-    theirs = dict.fromkeys(result.place for result in results if result.place.gpu != gpu)
+    theirs = dict.fromkeys(result.place for result in results if result.measured and result.place.gpu != gpu)
     return [own for place in theirs if place in sibling_places(own := replace(place, gpu=gpu), card)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import parallax_gen
 from parallax_gen.bench.rows import Row
 from parallax_gen.bench.summary import LargestErrors, Mean, largest_errors, means, times_ours
-from parallax_gen.memory.descriptions import Origins, name_in_records
+from parallax_gen.memory.descriptions import Origins, borrowed_places, name_in_records
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import RecordTable
 from parallax_gen.memory.result import Outcome
@@ -225,13 +225,14 @@ def collect(memory: Memory, gpus: Sequence[str], rows: list[Row], *, all_environ
     shown = entries if all_environments else most_useful(entries)
     names = requested or tuple(sorted({entry.place.gpu for entry in entries}))
     selected = [row for row in rows if not requested or row.provenance.gpu in (*requested, "")]
+    borrowed = [place for name in names for place in borrowed_places(name, results)]
     by_op = sorted(selected, key=lambda row: (row.provenance.gpu, row.op))
     return Report(
         gpus=names,
         shown=tuple(shown),
         left_out=len(entries) - len(shown),
         by_place=(places := by_place(shown, names)),
-        tiers=tiers_of(places, RecordTable(results)),
+        tiers=tiers_of(dict.fromkeys((*places, *borrowed)), RecordTable(results)),
         published=tuple(published(names)),
         ratios=times_ours(by_op),
         errors=largest_errors(by_op, _part_of_baseline),

@@ -83,6 +83,16 @@ def test_a_card_outside_the_table_has_tiers() -> None:
     assert commands[0].startswith("parallax-gen tune --op decode --head-dim 128")
 
 
+def test_a_report_of_one_card_counts_what_it_borrows(store: Store) -> None:
+    """As a report of all cards does, which shows the sibling's places, too."""
+    place = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 2**19))  # not of a default job
+    assert place not in {job.place for job in worklist(H200)}
+    store.save(make_record(100.0, place=place))
+    alone, with_all = (report(store, *gpus).tiers["h100"] for gpus in (("h100",), ("h100", "h200")))
+    assert {count.tier: count.places for count in alone}[Tier.SIBLING_CARD] == 1
+    assert alone == with_all
+
+
 def test_a_cards_speed_is_that_of_todays_kernels(store: Store) -> None:
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
     store.save(make_record(240.0))
