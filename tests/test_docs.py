@@ -131,6 +131,7 @@ def steps_of(page: Path) -> list[tuple[str, int, str]]:
         if block.marker[0] == "stands in":
             if block.marker[1] == "one trial a job":
                 code = re.sub(r"trials([ =])\d+", r"trials\g<1>1", code)
+                code = code.replace("--for serving", "--for serving --max-batch 1")
             else:
                 steps.append(("python", 0, STAND_INS[block.marker[1]]))
         if block.language == "sh":
