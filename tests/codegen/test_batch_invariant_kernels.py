@@ -1,6 +1,6 @@
 """Batch-invariant decode in Triton's CPU interpreter: a sequence's bits are those it has alone, in every layout.
 
-tests/gpu/test_batch_invariance.py checks the same through the public functions, and training, on a card.
+tests/gpu/test_batch_invariance_gpu.py checks the same through the public functions, and training, on a card.
 """
 
 from __future__ import annotations
