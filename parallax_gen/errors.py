@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 _Error = TypeVar("_Error", bound="ParallaxGenError")
@@ -87,6 +89,33 @@ class LockError(ParallaxGenError):
 
 class UntunedError(ParallaxGenError):
     """A call's kernel was not measured on this GPU with this Triton, and PARALLAX_GEN_STRICT allows no other."""
+
+
+# What the extra `tune` installs, by the names that programs import.
+TUNE_EXTRA = {
+    "click": "click",
+    "markupsafe": "MarkupSafe",
+    "optuna": "Optuna",
+    "pygments": "Pygments",
+    "rich": "rich",
+    "sqlalchemy": "SQLAlchemy",
+    "sqlite_utils": "sqlite-utils",
+}
+
+
+@contextmanager
+def tune_extra(what: str, kind: type[ParallaxGenError] = MachineError) -> Iterator[None]:
+    """Turn a failed import of a package of the extra `tune` into an error of this kind that says how to install it.
+
+    what  needs the package, as a sentence's subject
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = TUNE_EXTRA.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        raise kind(f"{what} needs {package}: pip install 'parallax-gen[tune]'") from error
 
 
 # -- Faults of the machine, as opposed to failures of a kernel.

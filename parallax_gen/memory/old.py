@@ -88,7 +88,7 @@ def config_of_record(op: str, data: Mapping[str, Any]) -> KernelConfig:
     return config_from_dict(op, renamed(data))
 
 
-def renamed_json(text: object) -> object:
+def renamed_json(text: object) -> Any:
     """A stored config's JSON with today's names, as `config_to_json` writes it. Returns anything else unchanged."""
     try:
         data = json.loads(text) if isinstance(text, str) else None

@@ -1,8 +1,12 @@
-"""The tuning database: one row per place, config and kernel, failures included. The only user of SQLite."""
+"""The tuning database: one row per place, config and kernel, failures included. The only user of SQLite.
+
+Python's own sqlite3 reads and migrates it. Writing takes sqlite-utils, of the extra `tune`.
+"""
 
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -12,17 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import platformdirs
-from sqlite_utils import Database
-from sqlite_utils.db import NoTable
-from sqlite_utils.utils import sqlite3  # the module that Database uses, which need not be the standard one
 
-from parallax_gen.errors import MachineError, StoreError
+from parallax_gen.errors import MachineError, StoreError, tune_extra
 from parallax_gen.files import data_dir, user_path
 from parallax_gen.memory.bounds import MAX_INT
 from parallax_gen.memory.old import renamed_json
 from parallax_gen.memory.place import Place, Scalar
 from parallax_gen.memory.result import LONGEST_REASON, MALFORMED, Outcome, Result, reading_order, supersedes
 from parallax_gen.memory.rows import IDENTITY, from_row, identity_of, to_row
+
+Arguments = Mapping[str, Scalar] | tuple[Scalar, ...]  # of a query: named or in order
 
 APPLICATION_ID = 0x50585447  # "PXTG" in a SQLite file's header: the file is ours
 BUSY_SECONDS = 60.0  # to wait for other processes, each of which locks the database for milliseconds
@@ -51,7 +54,8 @@ class Store:
     Any number of processes may have it open: each write is one short transaction in write-ahead mode, waits for
     its turn, and is durable once `save` returns. With read_only, a missing file is an empty database. Only the thread
     that opened it may use it; any thread may use a read-only one, because autograd's threads dispatch kernels too.
-    Raises StoreError if the file cannot be used, belongs to another program or has a newer schema.
+    Raises StoreError if the file cannot be used, belongs to another program or has a newer schema, and unless it is
+    read-only, if sqlite-utils is not installed, before the file is created or changed.
     """
 
     def __init__(self, path: str | Path | None = None, *, read_only: bool = False) -> None:
@@ -60,10 +64,16 @@ class Store:
         self._unreadable: set[tuple[object, ...]] = set()
         with self._as_store_error(), ExitStack() as undo:
             if not read_only:
+                with tune_extra(f"writing the tuning database {self.path}", StoreError):
+                    from sqlite_utils import Database
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = _connect(self.path, "mode=ro" if read_only else "mode=rwc")
             undo.callback(self.close)
-            (self._prepare_to_read if read_only else self._prepare_to_write)()
+            if read_only:
+                self._prepare_to_read()
+            else:
+                self._writer = Database(self._db, recursive_triggers=False, execute_plugins=False)
+                self._prepare_to_write()
             undo.pop_all()
 
     def __enter__(self) -> Store:
@@ -140,7 +150,7 @@ class Store:
         """The fastest measured result of each place of a GPU and an op, in any order. Parses only these rows."""
         query = "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = ? GROUP BY place_json"
         with self._as_store_error():
-            rows = self._tables.query(query, (gpu, op, Outcome.OK.value)) if self._version() else ()
+            rows = _rows(self._tables, query, (gpu, op, Outcome.OK.value)) if self._version() else ()
             return list(self._parsed(rows))
 
     @property
@@ -157,11 +167,13 @@ class Store:
 
     def unreadable_rows(self) -> list[str]:
         """One message (row, reason) for each row that is skipped because it does not parse."""
-        problems = []
+        problems: list[str] = []
         with self._as_store_error():
-            for row in self._tables.query("SELECT rowid AS number, * FROM results") if self._version() else ():
+            if not self._version():
+                return problems
+            for row in _rows(self._tables, "SELECT rowid AS number, * FROM results"):
                 problems.append(f"row {row['number']} from before fingerprints: not a record, or a duplicate")
-            for row in self._tables.query("SELECT rowid AS number, * FROM measurements") if self._version() else ():
+            for row in _rows(self._tables, "SELECT rowid AS number, * FROM measurements"):
                 try:
                     from_row(row)
                 except (*MALFORMED, KeyError) as error:
@@ -175,7 +187,7 @@ class Store:
         stored: that of their trials, unless they were imported. A config that is timed again keeps its position.
         """
         with self._as_store_error():
-            return sorted(self._select("true", order_by="rowid"), key=lambda result: result.trial or 0)
+            return sorted(self._select("true ORDER BY rowid"), key=lambda result: result.trial or 0)
 
     def _prepare_to_write(self) -> None:
         """Migrate the schema and switch to write-ahead mode."""
@@ -183,7 +195,7 @@ class Store:
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
-                self._db.enable_wal()
+                self._writer.enable_wal()
                 break
             except sqlite3.OperationalError as error:
                 # If another process is switching the same file, SQLite fails at once instead of waiting.
@@ -209,14 +221,14 @@ class Store:
         return self.read_only and self._version() == 1
 
     @property
-    def _tables(self) -> Database:
+    def _tables(self) -> sqlite3.Connection:
         """A database with today's schema: the file's, or a migrated copy of it in memory."""
         return self._migrated_copy if self._has_old_schema() else self._db
 
     @cached_property
-    def _migrated_copy(self) -> Database:
+    def _migrated_copy(self) -> sqlite3.Connection:
         copy = _connect(Path(":memory:"), "mode=ro")
-        self._db.conn.backup(copy.conn)
+        self._db.backup(copy)
         self._migrate(copy)
         return copy
 
@@ -235,16 +247,16 @@ class Store:
             return []
         with closing(_connect(Path(":memory:"), "mode=ro")) as copy:
             self._migrate(copy, self._version())
-            copy.conn.executemany(f"INSERT INTO results VALUES ({', '.join('?' * len(rows[0]))})", rows)
-            copy.conn.commit()
+            copy.executemany(f"INSERT INTO results VALUES ({', '.join('?' * len(rows[0]))})", rows)
+            copy.commit()
             self._migrate(copy)
             return list(self._of_place(place, copy))
 
-    def _migrate(self, db: Database, last: int | None = None) -> None:
+    def _migrate(self, db: sqlite3.Connection, last: int | None = None) -> None:
         """Migrate the schema to today's version, or to the migration `last`, in one transaction."""
         with _transaction(db):  # if many processes open a new file, they enter here one at a time
             version = self._version(db)
-            db.register_function(renamed_json, name="renamed_config", replace=True)
+            db.create_function("renamed_config", 1, renamed_json)
             for number, script in _migrations():
                 if version < number <= (last or number):
                     for statement in _statements(script.read_text(encoding="utf-8")):
@@ -252,13 +264,14 @@ class Store:
                     db.execute(f"PRAGMA user_version = {number}")
                     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
-    def _version(self, db: Database | None = None) -> int:
+    def _version(self, db: sqlite3.Connection | None = None) -> int:
         """The file's schema version, 0 if it is new. Raises StoreError if it is not ours or its schema is newer."""
         db = db or self._db
         version, application = (
             int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("user_version", "application_id")
         )
-        if application != APPLICATION_ID and (application or version or db.table_names()):
+        tables = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table'")
+        if application != APPLICATION_ID and (application or version or tables.fetchone()):
             raise StoreError(
                 f"{self.path} is a SQLite database of another program and was left unchanged: "
                 "set PARALLAX_GEN_DB to another file"
@@ -281,7 +294,7 @@ class Store:
             raise StoreError(
                 f"cannot use the tuning database {self.path}: {error}. PARALLAX_GEN_DB can name a file elsewhere."
             ) from error
-        except (sqlite3.DatabaseError, NoTable, UnicodeDecodeError) as error:  # the message may not be UTF-8
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the message may not be UTF-8
             raise StoreError(
                 f"{self.path} is damaged or not a tuning database: {error}. "
                 "Move it away, so that a new one is created, or set PARALLAX_GEN_DB to another file."
@@ -306,22 +319,19 @@ class Store:
         """Replace the row of `old`, whose trial number remains."""
         if old is not None and old.trial is not None:
             result = replace(result, trial=old.trial)
-        self._db.table("measurements").upsert(to_row(result), pk=IDENTITY)
+        self._writer.table("measurements").upsert(to_row(result), pk=IDENTITY)
 
     def _next_trial(self, place: Place) -> int:
         query = "SELECT max(trial) FROM measurements WHERE place_json = ? AND typeof(trial) = 'integer' AND trial < ?"
         (last,) = self._db.execute(query, (place.text, MAX_INT)).fetchone()
         return 1 + (last or 0)
 
-    def _of_place(self, place: Place, tables: Database) -> Iterator[Result]:
-        return self._parsed(tables.table("measurements").rows_where("place_json = ?", [place.text]))
+    def _of_place(self, place: Place, tables: sqlite3.Connection) -> Iterator[Result]:
+        return self._parsed(_measurements(tables, "place_json = ?", (place.text,)))
 
-    def _select(
-        self, where: str, arguments: Mapping[str, Scalar] | None = None, *, order_by: str | None = None
-    ) -> Iterator[Result]:
+    def _select(self, where: str, arguments: Arguments = ()) -> Iterator[Result]:
         """The results of the rows that match and parse."""
-        rows = self._tables.table("measurements").rows_where(where, dict(arguments or {}), order_by=order_by)
-        return self._parsed(rows)
+        return self._parsed(_measurements(self._tables, where, arguments))
 
     def _parsed(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
         """The results of the rows that parse. Other rows are counted and skipped."""
@@ -332,8 +342,23 @@ class Store:
                 self._unreadable.add(tuple(row.get(name) for name in IDENTITY))
 
 
+def _measurements(db: sqlite3.Connection, where: str, arguments: Arguments) -> Iterator[dict[str, Any]]:
+    """The rows of results that match; none in a new file. Raises sqlite3.DatabaseError for a view in their place."""
+    kinds = [row[0] for row in db.execute("SELECT type FROM sqlite_master WHERE name = 'measurements'")]
+    if kinds and kinds != ["table"]:
+        raise sqlite3.DatabaseError(f"measurements is a {kinds[0]}, not a table")
+    return _rows(db, f"SELECT * FROM measurements WHERE {where}", arguments) if kinds else iter(())
+
+
+def _rows(db: sqlite3.Connection, query: str, arguments: Arguments = ()) -> Iterator[dict[str, Any]]:
+    """A query's rows by column."""
+    cursor = db.execute(query, arguments)
+    names = [column[0] for column in cursor.description]
+    return (dict(zip(names, row, strict=True)) for row in cursor)
+
+
 @contextmanager
-def _transaction(db: Database) -> Iterator[None]:
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     """An exclusive transaction: IMMEDIATE takes the write lock before anything is read."""
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -343,13 +368,13 @@ def _transaction(db: Database) -> Iterator[None]:
         db.rollback()  # does nothing after a commit
 
 
-def _connect(path: Path, mode: str) -> Database:
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
     missing = mode == "mode=ro" and not path.exists()
     uri = "file::memory:" if missing else f"{path.absolute().as_uri()}?{mode}"
     one_thread = mode == "mode=rwc"  # SQLite serialises reads of one connection, but transactions would mix
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=one_thread)
     connection.text_factory = _decode
-    return Database(connection, recursive_triggers=False, execute_plugins=False)
+    return connection
 
 
 def _decode(raw: bytes) -> str:
