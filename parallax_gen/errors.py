@@ -94,7 +94,6 @@ class UntunedError(ParallaxGenError):
 # What the extra `tune` installs, by the names that programs import.
 TUNE_EXTRA = {
     "click": "click",
-    "markupsafe": "MarkupSafe",
     "optuna": "Optuna",
     "pygments": "Pygments",
     "rich": "rich",
@@ -108,6 +107,8 @@ def tune_extra(what: str, kind: type[ParallaxGenError] = MachineError) -> Iterat
     """Turn a failed import of a package of the extra `tune` into an error of this kind that says how to install it.
 
     what  needs the package, as a sentence's subject
+
+    Also decorates a function.
     """
     try:
         yield

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from parallax_gen.api.targets import check_count, check_seconds
-from parallax_gen.errors import CONTEXT_BYTES, ConfigError, MachineError, MeasureError, StoreError, gist
+from parallax_gen.errors import CONTEXT_BYTES, ConfigError, MachineError, MeasureError, StoreError, gist, tune_extra
 from parallax_gen.memory.lines import read_lines, to_line
 from parallax_gen.memory.place import Place, place_of
 from parallax_gen.memory.ranking import Tier, best
@@ -25,8 +25,6 @@ from parallax_gen.problem.work import work_of
 from parallax_gen.problem.workloads import STEP
 from parallax_gen.runtime.dispatch import Dispatcher, RuntimeMemory, default_dispatcher, user_stacklevel
 from parallax_gen.tuning.job import Job
-from parallax_gen.tuning.progress import ProgressView, progress_console
-from parallax_gen.tuning.tuner import Tuner, children
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store as RankStore
@@ -99,6 +97,9 @@ class FirstCalls:
             self.left_s -= time.monotonic() - begun
 
     def _tune(self, jobs: Sequence[Job]) -> bool:
+        from parallax_gen.tuning.progress import ProgressView, progress_console
+        from parallax_gen.tuning.tuner import Tuner, children
+
         reason = self._why_not_now() or _why_no_memory(jobs)
         if reason:
             _LOG.info("%s; %s: is not tuned: %s", jobs[0].spec, jobs[0].bucket, reason)
@@ -161,6 +162,7 @@ class FirstCalls:
         return True
 
 
+@tune_extra("parallax_gen.tune_first_calls")
 def tune_first_calls(
     budget_s: float = 300.0, *, time_budget_s: float = 20.0, trials: int = 64, progress: bool = True
 ) -> FirstCalls:
@@ -181,8 +183,11 @@ def tune_first_calls(
     backward, or if the card's free memory is short: such a call gets what is known, and so do later ones of its bucket.
     In a job of several ranks rank 0 tunes, and the others wait for its records at their first call, but not longer than
     their budget lasts; after `share_tuning` nothing is tuned. A fault of the machine ends it with a warning.
-    Raises ArgumentError.
+    Raises ArgumentError, and MachineError if the extra `tune` is not installed.
     """
+    import parallax_gen.tuning.progress
+    import parallax_gen.tuning.tuner  # noqa: F401  -- what the first call takes, imported now: an error must come here
+
     check_count("trials", trials)
     for name, value in (("budget_s", budget_s), ("time_budget_s", time_budget_s)):
         check_seconds(name, value)

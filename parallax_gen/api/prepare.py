@@ -12,7 +12,7 @@ from parallax_gen.api.targets import Kernel, Sizes, check_count, only_one, targe
 from parallax_gen.api.text import text_of
 from parallax_gen.codegen import device
 from parallax_gen.describe import LEGEND, brief, format_counts, number, seqlen_text
-from parallax_gen.errors import UnknownGpuError
+from parallax_gen.errors import UnknownGpuError, tune_extra
 from parallax_gen.memory.guard import NOT_BORROWED, launch_candidates
 from parallax_gen.memory.lock import Lock
 from parallax_gen.memory.place import config_at, place_of
@@ -23,8 +23,6 @@ from parallax_gen.problem.shapes import Shape, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime.dispatch import RuntimeMemory, choose, default_dispatcher
 from parallax_gen.tables import Table
-from parallax_gen.tuning.compile_ahead import compile_ahead
-from parallax_gen.tuning.progress import CompileProgress, progress_console
 from parallax_gen.tuning.workers.messages import KernelInstance, Reply
 
 if TYPE_CHECKING:
@@ -95,6 +93,7 @@ class Prepared:
         return text_of(f"{self.title}; on {self.gpu}", [table], [*notes, LEGEND])
 
 
+@tune_extra("parallax_gen.prepare")
 def prepare(
     model: AnyModel | None = None,
     *,
@@ -116,10 +115,13 @@ def prepare(
     with these sizes and contiguous tensors; calls with others compile theirs at first, if Triton specialises them
     otherwise. Borrowed configs are checked, as a first call would. Nothing is measured, and nothing is launched.
 
-    Raises ArgumentError, UnknownGpuError, MachineError if the machine is at fault, UntunedError if PARALLAX_GEN_STRICT
-    is on and a kernel was not measured here, and LockError if a lock refuses a kernel, before any is compiled. A kernel
-    that does not compile is only noted.
+    Raises ArgumentError, UnknownGpuError, MachineError if the machine is at fault or lacks the extra `tune`,
+    UntunedError if PARALLAX_GEN_STRICT is on and a kernel was not measured here, and LockError if a lock refuses a
+    kernel, before any is compiled. A kernel that does not compile is only noted.
     """
+    from parallax_gen.tuning.compile_ahead import compile_ahead
+    from parallax_gen.tuning.progress import CompileProgress, progress_console
+
     only_one(model=model, kernels=kernels)
     check_count("workers", workers)
     target = target_of(model, kernels, training=training, serving=serving, tp=tp, dtype=dtype)

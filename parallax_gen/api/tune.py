@@ -22,7 +22,7 @@ from parallax_gen.api.targets import (
 )
 from parallax_gen.api.text import text_of
 from parallax_gen.describe import LEGEND
-from parallax_gen.errors import ArgumentError, UnknownGpuError
+from parallax_gen.errors import ArgumentError, UnknownGpuError, tune_extra
 from parallax_gen.memory.calls import read_calls
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
@@ -31,9 +31,7 @@ from parallax_gen.tuning.calls import plan_of_calls
 from parallax_gen.tuning.interrupt import Interrupt
 from parallax_gen.tuning.job import Progress
 from parallax_gen.tuning.plan import CallTimes, Plan, StepTimes, plan_of, times_after_tune
-from parallax_gen.tuning.progress import ProgressView, progress_console
 from parallax_gen.tuning.summary import times_tables
-from parallax_gen.tuning.tuner import Tuner, children
 
 if TYPE_CHECKING:
     import os
@@ -42,6 +40,7 @@ if TYPE_CHECKING:
     from parallax_gen.api.targets import AnyModel
     from parallax_gen.memory.calls import Kernel as CalledKernel
     from parallax_gen.runtime.recording import Recording
+    from parallax_gen.tuning.tuner import Tuner
     from parallax_gen.tuning.workers.worker import Worker
 
 
@@ -77,6 +76,7 @@ class Tuned:
         return text_of(f"{self.title}; on {self.gpu}", times_tables(self.steps, name), [*notes, LEGEND])
 
 
+@tune_extra("parallax_gen.tune")
 def tune(
     model: AnyModel | None = None,
     *,
@@ -121,8 +121,10 @@ def tune(
     table until they call it again. Of several ranks only one should tune.
 
     Raises ArgumentError, UnknownGpuError for a card that is not here, StoreError for a database or a file of calls that
-    cannot be used, and MachineError if the machine is at fault.
+    cannot be used, and MachineError if the machine is at fault or lacks the extra `tune`.
     """
+    from parallax_gen.tuning.tuner import Tuner, children
+
     devices = _current_device() if devices is None else tuple(devices)
     _check(trials, time_budget_s, devices, workers)
     only_one(model=model, kernels=kernels, calls=calls)
@@ -199,6 +201,8 @@ def _current_device() -> tuple[int]:
 def _tune_all(
     tuner: Tuner, plan: Plan, trials: int, time_budget_s: float, devices: int, progress: bool
 ) -> list[Progress]:
+    from parallax_gen.tuning.progress import ProgressView, progress_console
+
     interrupt = Interrupt()
     view = ProgressView(
         progress_console(quiet=not progress),

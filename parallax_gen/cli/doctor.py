@@ -9,7 +9,7 @@ import click
 
 from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import print_json, print_text
-from parallax_gen.errors import ParallaxGenError
+from parallax_gen.errors import ParallaxGenError, tune_extra
 from parallax_gen.tuning.installation import CHECKS
 
 
@@ -49,7 +49,8 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 def _run_check(check: str, find: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[Finding]:
     """The findings of one check. Expected errors and missing files or modules become findings."""
     try:
-        for status, text in find():
-            yield Finding(check, status, text)
+        with tune_extra("tuning"):
+            for status, text in find():
+                yield Finding(check, status, text)
     except (ParallaxGenError, ImportError, OSError) as error:
         yield Finding(check, "broken", " ".join(str(error).split()))

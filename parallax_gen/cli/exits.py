@@ -11,7 +11,7 @@ import click
 from click.exceptions import Exit, NoArgsIsHelpError
 
 from parallax_gen.cli.text import width_of
-from parallax_gen.errors import ArgumentError, ConfigError, ParallaxGenError, UnknownGpuError
+from parallax_gen.errors import ArgumentError, ConfigError, ParallaxGenError, UnknownGpuError, tune_extra
 from parallax_gen.tables import paragraph
 
 # Errors that a disk or a system limit causes, not a bug.
@@ -41,7 +41,8 @@ def exit_status(error: BaseException) -> int | None:
 def one_line_errors() -> Iterator[None]:
     """Print an expected error as one line, and end with its exit status."""
     try:
-        yield
+        with tune_extra("this command"):
+            yield
     except NoArgsIsHelpError as error:  # not an error for people: Click shows the help
         error.show()
         raise Exit(WRONG_USAGE) from error

@@ -14,6 +14,12 @@ from pathlib import Path
 # Triton's PTX assemblers, in the order of `cuda_version`. Triton 3.5 has only the first one.
 ASSEMBLERS = ("ptxas", "ptxas-blackwell")
 
+NEWEST_TESTED = (3, 9)  # the newest Triton that the tests ran with
+
+
+class UntestedTritonWarning(UserWarning):
+    """The installed Triton is newer than any that this version was tested with."""
+
 
 @dataclass(frozen=True)
 class Toolchain:
@@ -53,6 +59,19 @@ def triton_version() -> str:
         import triton
 
         return str(triton.__version__)
+
+
+def newer_than_tested() -> str:
+    """That the installed Triton is newer than any tested one, in a sentence; "" if it is not."""
+    version = triton_version()
+    numbers = re.match(r"(\d+)\.(\d+)", version)  # None for a build that is named otherwise, such as "main"
+    if numbers is None or (int(numbers[1]), int(numbers[2])) <= NEWEST_TESTED:
+        return ""
+    newest = ".".join(map(str, NEWEST_TESTED))
+    return (
+        f"Triton {version} is newer than {newest}, the newest that this parallax_gen was tested with: kernels may fail "
+        "to compile, or take longer. If so, install an older Triton or a newer parallax_gen."
+    )
 
 
 @cache

@@ -7,22 +7,19 @@ import json
 import zlib
 from itertools import groupby
 
-from pygments.lexers.python import PythonLexer
-from pygments.token import Comment, Keyword, Name, Number, String, _TokenType
-
 from parallax_gen.codegen.render import render
-from parallax_gen.errors import ConfigError
+from parallax_gen.errors import ConfigError, tune_extra
 from parallax_gen.memory.result import Result
 from parallax_gen.problem.hardware import Gpu
 
-# Highlighted tokens and their CSS classes.
-KINDS: tuple[tuple[_TokenType, str], ...] = (
-    (Comment, "c"),
-    (String, "s"),
-    (Keyword, "k"),
-    (Number, "n"),
-    (Name.Decorator, "d"),
-    (Name.Function, "f"),
+# Highlighted tokens, by the first names of their types in Pygments, and their CSS classes.
+KINDS = (
+    (("Comment",), "c"),
+    (("Literal", "String"), "s"),
+    (("Keyword",), "k"),
+    (("Literal", "Number"), "n"),
+    (("Name", "Decorator"), "d"),
+    (("Name", "Function"), "f"),
 )
 
 
@@ -43,6 +40,7 @@ class Sources:
     def __len__(self) -> int:
         return len(self._indices)
 
+    @tune_extra("the report")
     def packed(self) -> str:
         """Base64 of zlib of a JSON list: a source is a list of class, text, class, text, ..."""
         document = json.dumps([_highlighted(text) for text in self._indices], separators=(",", ":"))
@@ -50,6 +48,8 @@ class Sources:
 
 
 def _highlighted(text: str) -> list[str]:
+    from pygments.lexers.python import PythonLexer
+
     tokens = ((_class(kind), part) for kind, part in PythonLexer(stripnl=False).get_tokens(text))
     parts: list[str] = []
     for name, group in groupby(tokens, key=lambda token: token[0]):
@@ -57,5 +57,5 @@ def _highlighted(text: str) -> list[str]:
     return parts
 
 
-def _class(kind: _TokenType) -> str:
-    return next((name for token_type, name in KINDS if kind in token_type), "")
+def _class(kind: tuple[str, ...]) -> str:
+    return next((name for names, name in KINDS if kind[: len(names)] == names), "")

@@ -28,7 +28,7 @@ from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, best
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
-from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.memory.toolchain import Toolchain, UntestedTritonWarning, newer_than_tested
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape, representative
@@ -100,6 +100,7 @@ class Dispatcher:
         self._choices: dict[tuple[Place, bool], DispatchChoice] = {}
         self._kernels: dict[tuple[Place, KernelSpec], tuple[DispatchChoice, ModuleType]] = {}
         self._untuned_notice, self._unlocked_notice = UntunedNotice(), UnlockedNotice()
+        self._untested_triton_notice = UntestedTritonNotice()
 
     def use(self, memory: RecordSource) -> None:
         """Choose from another memory from now on, also for kernels that were chosen before."""
@@ -140,6 +141,7 @@ class Dispatcher:
         chosen = self._kernels.get((place, spec))
         if chosen is None:
             ensure_triton_cache()
+            self._untested_triton_notice.warn()
             key = place, spec.batch_invariant  # kernels of several specs share a batch-invariant choice
             choice = self._choices.get(key) or self._choose(place, spec, shape, gpu)
             choice = replace(choice, spec=spec)
@@ -302,6 +304,23 @@ class UnlockedNotice:
         message += f" This warning appears once per process; {QUIET}=1 silences it."
         _LOG.warning("%s", message)
         warnings.warn(message, UnlockedWarning, stacklevel=user_stacklevel())
+
+
+class UntestedTritonNotice:
+    """Warns once per dispatcher if Triton is newer than was tested."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def warn(self) -> None:
+        """Warn and log that Triton is newer than was tested. Silent as `UntunedNotice.warn`."""
+        message = newer_than_tested()
+        if not message or self._warned or is_on(QUIET) or not is_first_rank():
+            return
+        self._warned = True
+        message += f" This warning appears once per process; {QUIET}=1 silences it."
+        _LOG.warning("%s", message)
+        warnings.warn(message, UntestedTritonWarning, stacklevel=user_stacklevel())
 
 
 def user_stacklevel() -> int:

@@ -33,7 +33,7 @@ def _versions() -> Iterator[tuple[str, str]]:
     import triton
 
     import parallax_gen
-    from parallax_gen.memory.toolchain import cuda_version
+    from parallax_gen.memory.toolchain import cuda_version, newer_than_tested
 
     yield "ok", f"parallax_gen {parallax_gen.__version__}, Python {platform.python_version()}, {platform.machine()}"
     optuna = metadata.version("optuna")
@@ -41,6 +41,8 @@ def _versions() -> Iterator[tuple[str, str]]:
         "ok",
         f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Triton {triton.__version__}, Optuna {optuna}",
     )
+    if message := newer_than_tested():
+        yield "note", message
     release = cuda_version()
     yield "ok" if release else "broken", f"ptxas {release or 'none'}, which assembles Triton's kernels"
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
+from parallax_gen.memory.toolchain import UntestedTritonWarning, newer_than_tested
 from parallax_gen.tuning.claims import Storage
 from parallax_gen.tuning.job import Job, Progress, program_key, refresh_configs
 from parallax_gen.tuning.job_run import JobRun
@@ -67,6 +69,8 @@ class Tuner:
         storage: Storage | None = None,
         refresh: Memory | None = None,
     ):
+        if message := newer_than_tested():
+            warnings.warn(message, UntestedTritonWarning, stacklevel=2)
         self._store, self._measure, self._storage, self._refresh = store, measure, storage, refresh
         self._measuring = dict(measuring or start_measuring_workers([0])) if measure else {}
         if compilers is None or isinstance(compilers, int):

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import create_trial
-
+from parallax_gen.errors import tune_extra
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import knobs_of
 from parallax_gen.problem.spec import KernelSpec
@@ -18,6 +14,7 @@ MIN_TRIALS = 20  # with fewer, a quarter of them is less than the five that Optu
 FASTEST, MIN_FASTEST = 0.1, 5  # "among the fastest": a tenth of the trials, at least five
 
 
+@tune_extra("the importance of knobs")
 def importances(spec: KernelSpec, costs: Iterable[tuple[KernelConfig, float]]) -> dict[str, float]:
     """The importance of each knob with more than one value, largest first; they sum to 1. Empty with too few trials.
 
@@ -28,6 +25,11 @@ def importances(spec: KernelSpec, costs: Iterable[tuple[KernelConfig, float]]) -
     trials. It sees each knob alone, and says nothing about values that were never tried. Unlike fANOVA it needs no
     scikit-learn, and does not weigh differences between slow and very slow configs.
     """
+    import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.trial import create_trial
+
     knobs = {knob.name: knob.values for knob in knobs_of(spec) if len(knob.values) > 1}
     choices: dict[str, BaseDistribution] = {name: CategoricalDistribution(values) for name, values in knobs.items()}
     trials = []
