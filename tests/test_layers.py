@@ -53,8 +53,8 @@ MAY_IMPORT = {
 # Outside packages, and the only files or subpackages that use them.
 ONLY_IN: dict[str, str | tuple[str, ...]] = {
     "jinja2": ("codegen/render.py", "report/page.py"),  # the page escapes its data
-    "sqlite3": "memory/store.py",
-    "sqlite_utils": "memory/store.py",
+    "sqlite3": "memory/store.py",  # reads
+    "sqlite_utils": "memory/store.py",  # writes
     # Samplers, storages that hosts share, and importances of knobs.
     "optuna": ("tuning/search/search.py", "tuning/claims.py", "tuning/search/importances.py"),
     "sqlalchemy": "tuning/claims.py",  # comes with Optuna's storages, to recognise their errors

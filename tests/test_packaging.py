@@ -1,4 +1,4 @@
-"""Packaging: sdist and wheel contain what git has, and the wheel runs with only its declared dependencies."""
+"""Packaging: sdist and wheel contain what git has, and the wheel runs with what it and its extra `tune` declare."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_layers import IMPORTS
+
+from parallax_gen.errors import TUNE_EXTRA
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(
@@ -103,18 +105,33 @@ def test_what_is_imported_is_declared_and_what_is_needed_is_imported(declared: M
     imported = {canonicalize_name(name) for name in outside - sys.stdlib_module_names - {"parallax_gen"}}
     requirements = [Requirement(line) for line in declared.get_all("Requires-Dist", [])]
     assert imported - OPTIONAL_PACKAGES <= {canonicalize_name(requirement.name) for requirement in requirements}
-    assert {
-        canonicalize_name(requirement.name) for requirement in requirements if "extra" not in str(requirement.marker)
-    } <= imported
+    plain = {canonicalize_name(each.name) for each in requirements if "extra" not in str(each.marker)}
+    assert plain == {"jinja2", "platformdirs", "torch", "triton"}
+    of_tune = {
+        canonicalize_name(each.name) for each in requirements if 'extra == "tune"' in str(each.marker).replace("'", '"')
+    }
+    assert plain | of_tune <= imported
+    assert {canonicalize_name(name) for name in TUNE_EXTRA.values()} | {"markupsafe"} == of_tune
+
+
+def test_no_version_is_capped_but_transformers(declared: Message) -> None:
+    """What is newer than was tested runs, with a warning if it is Triton. transformers changes what we build on."""
+    assert declared["Requires-Python"] == ">=3.10"
+    requirements = [Requirement(line) for line in declared.get_all("Requires-Dist", [])]
+    capped = {each.name for each in requirements if any(part.operator in ("<", "<=", "==") for part in each.specifier)}
+    assert capped == {"transformers", "numpy"}  # numpy only for Python 3.10
 
 
 # behaviour
 
 
-def closure(requirements: Iterable[str]) -> Iterable[metadata.Distribution]:
-    """The installed distributions that the requirements pull in, recursively."""
+def closure(requirements: Iterable[str], extra: str) -> Iterable[metadata.Distribution]:
+    """The installed distributions that the requirements, with those of an extra, pull in, recursively."""
     result: dict[str, metadata.Distribution] = {}
     waiting = [Requirement(line) for line in requirements]
+    for package in waiting:
+        if package.marker is not None and package.marker.evaluate({"extra": extra}):
+            package.marker = None
     while waiting:
         package = waiting.pop()
         if package.name not in result and (package.marker is None or package.marker.evaluate({"extra": ""})):
@@ -123,20 +140,38 @@ def closure(requirements: Iterable[str]) -> Iterable[metadata.Distribution]:
     return result.values()
 
 
-@pytest.fixture(scope="module")
-def programs(wheel: Path, declared: Message, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of an environment with the wheel and its dependencies without extras, linked from this one."""
-    folder = tmp_path_factory.mktemp("environment")
+def environment(folder: Path, wheel: Path, declared: Message, extra: str) -> Path:
+    """The bin folder of an environment with the wheel and its dependencies with an extra, linked from this one."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    for distribution in closure(declared.get_all("Requires-Dist", [])):
+    for distribution in closure(declared.get_all("Requires-Dist", []), extra):
         for name in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
             if not (site / name).exists():
                 (site / name).symlink_to(distribution.locate_file(name))
     python = folder / "bin" / "python"
     # Without an index pip fails if a requirement is missing.
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", wheel, cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-index",
+        f"{wheel}[{extra}]" if extra else wheel,
+        cwd=folder,
+    )
     return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def programs(wheel: Path, declared: Message, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("environment"), wheel, declared, "tune")
+
+
+@pytest.fixture(scope="module")
+def light_programs(wheel: Path, declared: Message, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("light"), wheel, declared, "")
 
 
 @pytest.fixture
@@ -166,6 +201,27 @@ def test_only_modules_for_an_extra_need_it(programs: Path, shell: Callable[[str]
     where, lacking = json.loads(shell(f"python -c '{IMPORT_ALL}'"))
     assert Path(where).is_relative_to(programs.parent)
     assert lacking == {"parallax_gen.integrations.transformers": "transformers"}
+
+
+LIGHT = """
+import torch
+from parallax_gen import *
+from parallax_gen.memory.shipped import load_shipped
+q, r, k, v = torch.randn(4, 1, 8, 2, 64)
+assert parallax_attn_func(q, r, k, v).shape == q.shape
+assert load_shipped("h200")
+"""
+
+
+def test_an_install_without_extras_calls_kernels(light_programs: Path, declared: Message, tmp_path: Path) -> None:
+    installed = {distribution.name for distribution in closure(declared.get_all("Requires-Dist", []), "")}
+    assert not {canonicalize_name(name) for name in installed} & {canonicalize_name(n) for n in TUNE_EXTRA.values()}
+    run(light_programs / "python", "-c", LIGHT, cwd=tmp_path)
+    for command in (["parallax-gen", "--help"], ["python", "-m", "parallax_gen", "list"]):
+        program, *arguments = command
+        done = subprocess.run([light_programs / program, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "error: the command line needs click: pip install 'parallax-gen[tune]'\n"
 
 
 def test_help_is_fast(shell: Callable[[str], str]) -> None:
@@ -201,13 +257,13 @@ def test_doctor_passes_in_the_wheel(shell: Callable[[str], str]) -> None:
 def test_the_first_command_of_the_readme(shell: Callable[[str], str], tmp_path: Path) -> None:
     """README's first command, with fewer trials and for one sequence at a time."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = re.search(r"^pip install -e \. && (.*) --trials 8( && .*)$", readme, re.MULTILINE)
+    command = re.search(r"^pip install -e '\.\[tune\]' && (.*) --trials 8( && .*)$", readme, re.MULTILINE)
     assert command is not None
     shell(f"{command[1]} --trials 1 --max-batch 1{command[2]}")
     assert len(list((tmp_path / "kernels").glob("decode_d128_bf16_*.py"))) > 1
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_run_without_extras(shell: Callable[[str], str], tmp_path: Path, example: str) -> None:
+def test_examples_run(shell: Callable[[str], str], tmp_path: Path, example: str) -> None:
     shutil.copy(ROOT / "examples" / f"{example}.py", tmp_path)
     assert shell(f"python {example}.py {SHORT.get(example, '')}").strip()
