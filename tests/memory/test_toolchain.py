@@ -99,6 +99,22 @@ def test_which_toolchains_compile_the_same_programs(one: tuple[str, str], other:
     assert toolchain.Toolchain(*one).compiles_like(toolchain.Toolchain(*other)) == like
 
 
+@pytest.mark.parametrize(
+    ("version", "newer"),
+    [("3.5.1", False), ("3.9.7", False), ("3.10.0", True), ("4.0.0+git12ab", True), ("main", False)],
+)
+def test_a_triton_newer_than_was_tested_is_named(version: str, newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "triton_version", lambda: version)
+    message = toolchain.newer_than_tested()
+    assert message.startswith(f"Triton {version} is newer than 3.9, the newest that ") if newer else message == ""
+
+
+def test_the_newest_tested_triton_is_in_the_readme() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    newest = ".".join(map(str, toolchain.NEWEST_TESTED))
+    assert f"Triton 3.5 or newer (tested up to {newest}" in readme
+
+
 def test_the_toolchain_of_this_process() -> None:
     from triton import __version__
 

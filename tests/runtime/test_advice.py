@@ -26,7 +26,7 @@ from parallax_gen.memory.commands import tune_command
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import RecordTable, default_of, evidence_of
 from parallax_gen.memory.result import Result
-from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.memory.toolchain import Toolchain, UntestedTritonWarning
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket, bucket_of, representative
 from parallax_gen.problem.spec import DTYPES, OPS, KernelSpec
@@ -171,6 +171,17 @@ def test_only_rank_0_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warnings_of_calls(Dispatcher(RecordTable([])), PLACE) == []
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     assert len(warnings_of_calls(Dispatcher(RecordTable([])), PLACE)) == 1
+
+
+def test_a_triton_newer_than_was_tested_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "newer_than_tested", lambda: "Triton 3.10.0 is newer than 3.9.")
+    dispatcher = Dispatcher(RecordTable([record()]))
+    with pytest.warns(UntestedTritonWarning, match=r"is newer than 3\.9\. .* once per process") as caught:
+        for place in (PLACE, OTHER):
+            dispatcher.kernel(place.spec, representative(place.bucket, place.spec.group), GPU)
+    assert sum(warning.category is UntestedTritonWarning for warning in caught) == 1
+    monkeypatch.setenv("PARALLAX_GEN_QUIET", "1")
+    assert warnings_of_calls(Dispatcher(RecordTable([record()])), PLACE) == []
 
 
 @pytest.mark.parametrize("value", ON)
