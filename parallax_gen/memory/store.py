@@ -204,16 +204,16 @@ class Store:
             time.sleep(0.01)
 
     def _prepare_to_read(self) -> None:
-        """Check that the file is ours; reopen it as immutable if it cannot be read in write-ahead mode."""
+        """Check that the file is ours; reopen it if it cannot be read in write-ahead mode."""
         try:
             self._version()
         except sqlite3.OperationalError:
-            # Write-ahead mode creates files beside the database, even to read it. If that is not allowed, and no writer
-            # has created them, nobody is writing, and the file can be opened as immutable.
-            if Path(f"{self.path.resolve()}-wal").exists():
-                raise
+            # A writer that was killed may have left changes to undo, beside the file: SQLite does that if it may write.
+            # Without such files nobody is writing. Write-ahead mode creates files even to read: if that is not allowed,
+            # the file can be opened as immutable.
+            left = any(Path(f"{self.path.resolve()}{end}").exists() for end in ("-journal", "-wal"))
             self._db.close()
-            self._db = _connect(self.path, "immutable=1")
+            self._db = _connect(self.path, "mode=rw" if left else "immutable=1")
             self._version()
 
     def _has_old_schema(self) -> bool:
