@@ -15,6 +15,7 @@ from parallax_gen.tuning.job import Job, Progress, program_key, refresh_configs
 from parallax_gen.tuning.job_run import JobRun
 from parallax_gen.tuning.scheduler import Scheduler, Watcher
 from parallax_gen.tuning.workers.pool import Pool, WorkerProtocol, usable_cpus
+from parallax_gen.tuning.workers.visible import visible_devices
 from parallax_gen.tuning.workers.worker import Worker
 
 
@@ -35,12 +36,22 @@ def start_compilers(count: int | None, devices: int) -> list[Worker]:
 
 
 @contextmanager
-def children(devices: Sequence[int], compilers: int | None) -> Iterator[tuple[dict[int, Worker], list[Worker]]]:
-    """A context with the children of `start_measuring_workers` and `start_compilers`. Leaving it ends them."""
+def children(
+    devices: Sequence[int] | Callable[[Mapping[int, Worker]], Sequence[int]], compilers: int | None
+) -> Iterator[tuple[dict[int, Worker], list[Worker]]]:
+    """A context with the children of `start_measuring_workers` and `start_compilers`. Leaving it ends them.
+
+    devices  or a function that chooses from the measuring children of all devices here; the others end at once
+    """
     with ExitStack() as stack:
-        measuring = start_measuring_workers(devices)
+        measuring = start_measuring_workers(range(visible_devices()) if callable(devices) else devices)
         for worker in measuring.values():
             stack.callback(worker.close)
+        if callable(devices):
+            devices = devices(measuring)
+            for device in measuring.keys() - set(devices):
+                measuring.pop(device).close()
+        # As many as CPUs in all, so not before the devices are known.
         compiling = start_compilers(compilers, len(devices))
         for worker in compiling:
             stack.callback(worker.close)

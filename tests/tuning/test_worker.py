@@ -25,7 +25,7 @@ from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.workers import child
-from parallax_gen.tuning.workers.messages import Compile, KernelInstance, Timing
+from parallax_gen.tuning.workers.messages import Compile, Inspect, KernelInstance, Timing
 from parallax_gen.tuning.workers.worker import Worker
 
 INSTANCE = KernelInstance(
@@ -81,6 +81,15 @@ def test_without_a_gpu_a_child_reports_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with closing(Worker(device=0)) as worker:
         assert worker.identify() is None
+
+
+def test_a_child_reports_how_much_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes' and its own context, without what its torch has reserved."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 15)
+    assert child.answer(Inspect()) == 25
 
 
 def test_a_child_that_does_not_report_its_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from parallax_gen.tuning.job import step_spec
 from parallax_gen.tuning.workers.messages import (
     Compile,
     Identify,
+    Inspect,
     KernelInstance,
     Measure,
     MeasureInterleaved,
@@ -87,11 +88,13 @@ def serve(*, device: bool) -> None:
         reply(partial(answer, request))
 
 
-def answer(request: WorkerRequest | Identify) -> Reply | Gpu | None:
+def answer(request: WorkerRequest | Identify | Inspect) -> Reply | Gpu | int | None:
     """The reply to a request. Raises an error that `machine_error` recognises if the machine is at fault."""
     start = time.monotonic()
     if isinstance(request, Identify):
         return gpu_here(0)
+    if isinstance(request, Inspect):
+        return taken_bytes()
     if isinstance(request, Compile):
         reply = compile_instance(request)
     elif isinstance(request, Measure):
@@ -159,8 +162,7 @@ def _out_of_memory(error: RuntimeError) -> Reply:
 
     message = str(error).splitlines()[0]
     if not isinstance(error, torch.OutOfMemoryError):  # raised by the driver, without sizes
-        free, total = torch.cuda.mem_get_info()
-        held_bytes = total - free - torch.cuda.memory_reserved() - CONTEXT_BYTES
+        held_bytes = taken_bytes() - CONTEXT_BYTES
         if held_bytes > 0:
             raise MemoryTakenError(
                 f"{message} (other processes hold {held_bytes / 2**30:.1f} GiB of the card)"
@@ -168,6 +170,14 @@ def _out_of_memory(error: RuntimeError) -> Reply:
     elif held_by_other_processes(message):
         raise error
     return Reply(Outcome.RESOURCES, f"needs more memory than the card has: {message}")
+
+
+def taken_bytes() -> int:
+    """How much of the device's memory other processes and this one's CUDA context take; not what torch takes here."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def measure_interleaved(request: MeasureInterleaved) -> Reply:

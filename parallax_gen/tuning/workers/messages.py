@@ -59,6 +59,11 @@ class Identify:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Inspect the memory of the child's GPU; the reply is how many bytes others and its CUDA context take."""
+
+
+@dataclass(frozen=True)
 class Ready:
     """The first message of a child: it accepts requests. device: whether it has a device."""
 

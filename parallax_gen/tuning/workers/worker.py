@@ -20,7 +20,7 @@ from typing import Any
 from parallax_gen.errors import MachineError, MeasureError, gist, machine_error, machine_error_of_exit
 from parallax_gen.memory.result import Outcome
 from parallax_gen.problem.hardware import Gpu
-from parallax_gen.tuning.workers.messages import Identify, Ready, Reply, WorkerRequest
+from parallax_gen.tuning.workers.messages import Identify, Inspect, Ready, Reply, WorkerRequest
 
 EXIT_S = 30.0  # how long a killed child may take to exit: the driver first destroys its context
 START_S = 120.0  # how long a child may take to start and to identify its GPU: imports take long on a busy machine
@@ -69,13 +69,15 @@ class Worker:
 
     def identify(self) -> Gpu | None:
         """The GPU that the child sees, or None. Raises MeasureError if the child does not reply."""
-        try:
-            self._wait_until_ready()
-            gpu = self._ask(Identify(), START_S)
-        except (TimeoutError, ChildProcessError, MachineError) as error:
-            raise MeasureError(f"device {self._device} cannot be used: {error or 'no answer'}") from error
+        gpu = self._ask_about_device(Identify())
         assert gpu is None or isinstance(gpu, Gpu)
         return gpu
+
+    def taken_bytes(self) -> int:
+        """How much of the GPU's memory other processes and the child's CUDA context take. Raises as `identify`."""
+        taken = self._ask_about_device(Inspect())
+        assert isinstance(taken, int)
+        return taken
 
     def kill(self) -> None:
         """Kill the child for good, from any thread: a thread that waits in `ask` gets CRASH."""
@@ -96,6 +98,13 @@ class Worker:
                     pipe.close()
             self._log.close()
             self._child = None
+
+    def _ask_about_device(self, request: Identify | Inspect) -> object:
+        try:
+            self._wait_until_ready()
+            return self._ask(request, START_S)
+        except (TimeoutError, ChildProcessError, MachineError) as error:
+            raise MeasureError(f"device {self._device} cannot be used: {error or 'no answer'}") from error
 
     def _wait_until_ready(self) -> None:
         """Make sure that the child accepts requests. Raises MachineError if it does not start or its device is lost."""
