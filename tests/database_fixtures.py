@@ -10,6 +10,7 @@ import pytest
 from parallax_gen import files as data
 from parallax_gen.memory import guard, shipped
 from parallax_gen.memory.store import Store
+from parallax_gen.tuning.workers.worker import Worker
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def empty_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: None)
-    monkeypatch.setattr("parallax_gen.cli.devices.card_of_worker", lambda worker: None)
+    monkeypatch.setattr(Worker, "identify", lambda worker: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 

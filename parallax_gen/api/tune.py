@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,15 @@ from parallax_gen.api.targets import (
     target_of,
 )
 from parallax_gen.api.text import text_of
+from parallax_gen.codegen.device import gpu_here
 from parallax_gen.describe import LEGEND
-from parallax_gen.errors import ArgumentError, UnknownGpuError, tune_extra
+from parallax_gen.errors import CONTEXT_BYTES, ArgumentError, UnknownGpuError, tune_extra
 from parallax_gen.memory.calls import read_calls
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import GPUS, STAND_IN, Gpu, gpu_by_name
 from parallax_gen.tuning.calls import plan_of_calls
+from parallax_gen.tuning.devices import free_devices
 from parallax_gen.tuning.interrupt import Interrupt
 from parallax_gen.tuning.job import Progress
 from parallax_gen.tuning.plan import CallTimes, Plan, StepTimes, plan_of, times_after_tune
@@ -109,7 +112,9 @@ def tune(
     dtype          with a model: of q, r, k and v, "bf16", "fp16", "fp32" or "tf32"; by default that of its weights.
                    With autocast, give autocast's
     gpu            by default the card in this machine; without one, the name of a card to predict for, or an H200
-    devices        GPUs to measure on, by index, all of one kind; by default this process's current one
+    devices        GPUs to measure on, by index, all of one card; by default all that no other process uses, of the
+                   current one's card if this process uses CUDA. With several GPUs the progress begins with a line on
+                   which
     trials         configs per kernel and bucket of sizes
     time_budget_s  seconds for each
     workers        compiling processes; by default one per usable CPU
@@ -125,7 +130,7 @@ def tune(
     """
     from parallax_gen.tuning.tuner import Tuner, children
 
-    devices = _current_device() if devices is None else tuple(devices)
+    devices = None if devices is None else tuple(devices)
     _check(trials, time_budget_s, devices, workers)
     only_one(model=model, kernels=kernels, calls=calls)
     target: Target | Counter[CalledKernel]
@@ -134,7 +139,8 @@ def tune(
         target = recorded_calls(calls)
     else:
         target = target_of(model, kernels, training=training, serving=serving, tp=tp, dtype=dtype)
-    with children(devices, workers) as (measuring, compilers), Store() as store:
+    all_free = partial(free_devices, name=gpu or _current_card(), say=_say(progress), own_bytes=_own_bytes)
+    with children(devices or all_free, workers) as (measuring, compilers), Store() as store:
         card, measure = card_of(gpu, measuring)
         memory = Memory(store)
         plan = (
@@ -143,7 +149,7 @@ def tune(
             else plan_of_calls(target, card, memory)
         )
         with Tuner(store, measure=measure, measuring=measuring, compilers=compilers) as tuner:
-            done = _tune_all(tuner, plan, trials, time_budget_s, len(devices), progress)
+            done = _tune_all(tuner, plan, trials, time_budget_s, len(measuring), progress)
         times = times_after_tune(plan, done, memory)
         database = store.path
     _choose_anew()
@@ -182,20 +188,44 @@ def card_of(name: str | None, measuring: Mapping[int, Worker]) -> tuple[Gpu, boo
     return first, True
 
 
-def _check(trials: int, time_budget_s: float, devices: tuple[int, ...], workers: int | None) -> None:
+def _check(trials: int, time_budget_s: float, devices: tuple[int, ...] | None, workers: int | None) -> None:
     """Raises ArgumentError, before any child is started."""
     check_count("trials", trials)
     check_count("workers", workers)
     check_seconds("time_budget_s", time_budget_s)
+    if devices is None:
+        return
     indices = all(type(device) is int and device >= 0 for device in devices)
     if not devices or not indices or len(set(devices)) < len(devices):
         raise ArgumentError("devices", f"{devices!r:.80}", "one or more different indices, from 0 on")
 
 
-def _current_device() -> tuple[int]:
-    """The device that this process uses, if it uses CUDA. Otherwise it must not begin to: the children do."""
+def _uses_cuda() -> bool:
+    """Whether this process uses CUDA. If not, it must not begin to: the children do."""
     torch = sys.modules.get("torch")
-    return (torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else 0,)
+    return torch is not None and torch.cuda.is_initialized()
+
+
+def _current_card() -> str | None:
+    """The name of the card that this process's calls run on, if it uses CUDA."""
+    card = gpu_here() if _uses_cuda() else None
+    return None if card is None else card.name
+
+
+def _own_bytes(device: int) -> int:
+    """The memory of a device that this process takes: a model that waits for its kernels disturbs no measurement."""
+    if not _uses_cuda():
+        return 0
+    import torch
+
+    reserved = torch.cuda.memory_reserved(device)
+    return reserved + CONTEXT_BYTES if reserved or device == torch.cuda.current_device() else 0
+
+
+def _say(progress: bool) -> Callable[[str], None]:
+    from parallax_gen.tuning.progress import progress_console
+
+    return partial(progress_console(quiet=not progress).print, soft_wrap=True)
 
 
 def _tune_all(

@@ -29,16 +29,9 @@ def parse_devices(text: str) -> tuple[int, ...]:
 devices_option = click.option(
     "--devices",
     type=parse_devices,
-    default="0",
-    show_default=True,
     metavar="N,...",
-    help="GPUs to measure on, by index.",
+    help="GPUs to measure on, by index. Default: all of one card that no other process uses.",
 )
-
-
-def card_of_worker(worker: Worker) -> Gpu | None:
-    """The GPU of a measuring worker; None if it has none."""
-    return worker.identify()
 
 
 def card_to_tune(name: str | None, measuring: Mapping[int, Worker]) -> tuple[Gpu, bool]:
@@ -46,9 +39,9 @@ def card_to_tune(name: str | None, measuring: Mapping[int, Worker]) -> tuple[Gpu
 
     Raises UnknownGpuError if a device is missing, or differs from the first device or from `name`.
     """
-    cards = {device: card_of_worker(worker) for device, worker in measuring.items()}
+    cards = {device: worker.identify() for device, worker in measuring.items()}
     first = next(iter(cards.values()))
-    if first is None and tuple(cards) == (0,):  # the default: no device was requested
+    if first is None and tuple(cards) == (0,):  # no other device was requested
         return gpu_or_stand_in(name, lambda: None), False
     gpu = resolve_gpu(name, lambda: first)
     for device, card in cards.items():

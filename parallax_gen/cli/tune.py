@@ -94,7 +94,7 @@ def tune(
     time_budget: float,
     yes: bool,
     workers: int | None,
-    devices: tuple[int, ...],
+    devices: tuple[int, ...] | None,
     storage: str | None,
     as_json: bool,
 ) -> None:
@@ -140,6 +140,7 @@ def tune(
     from parallax_gen.memory.store import Store
     from parallax_gen.tuning.calls import plan_of_calls
     from parallax_gen.tuning.claims import Storage
+    from parallax_gen.tuning.devices import free_devices
     from parallax_gen.tuning.job import DEFAULT_OPS, MAX_REFRESHED, grid_jobs, matches_filters, refresh_jobs, worklist
     from parallax_gen.tuning.plan import REFRESH_S, plan_of, times_after_tune
     from parallax_gen.tuning.summary import job_tables, times_tables, to_json
@@ -163,7 +164,8 @@ def tune(
         print_bucket(sizes, ops)
     shapes_by_op = {op: [sizes.for_op(op) for sizes in shapes] for op in ops} if shapes else None
     dtypes = dtypes or ("bf16",)
-    with children(devices, workers) as (measuring, compilers), Store() as store:
+    all_free = functools.partial(free_devices, name=gpu, say=functools.partial(print_text, err=True))
+    with children(devices or all_free, workers) as (measuring, compilers), Store() as store:
         card, measure = card_to_tune(gpu, measuring)
         if not measure and (storage is not None or refresh):
             raise MeasureError(
@@ -177,8 +179,8 @@ def tune(
             plan = plan_of(*model_steps, card, Memory(store)) if model_steps else None
         if plan:
             jobs = plan.jobs
-            seconds = plan.most_seconds(min(time_budget, REFRESH_S) if refresh else time_budget, len(devices))
-            print_plan(plan, seconds, len(devices))
+            seconds = plan.most_seconds(min(time_budget, REFRESH_S) if refresh else time_budget, len(measuring))
+            print_plan(plan, seconds, len(measuring))
             confirm(seconds, yes)
         elif all_places:
             jobs = refresh_jobs(Memory(store), card, matches)
@@ -200,7 +202,7 @@ def tune(
         )
         with tuner:
             max_trials = min(trials, MAX_REFRESHED) if refresh else trials
-            done = _tune_all(tuner, jobs, measure, max_trials, time_budget, store.path, len(devices))
+            done = _tune_all(tuner, jobs, measure, max_trials, time_budget, store.path, len(measuring))
         times = times_after_tune(plan, done, Memory(store)) if plan else []
     if as_json:
         steps = {"steps": [step.to_json() for step in times]} if plan else {}

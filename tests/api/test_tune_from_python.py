@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cli_samples import H200
-from fake_card import FakeWorker
+from fake_card import FakeDevice, FakeWorker, fake_machine
 from rich.console import Console
 
 import parallax_gen
@@ -126,11 +126,26 @@ def test_the_devices_are_of_the_named_card(fake_h200: None, monkeypatch: pytest.
         parallax_gen.tune(kernels=(SPEC, SHAPE), devices=[0, 1], **QUICK)
 
 
-def test_it_measures_on_the_device_that_this_process_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._current_device() == (0,)
+def test_it_measures_on_all_free_devices(
+    fake_h200: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_machine(monkeypatch, FakeDevice(), FakeDevice(gib=3), FakeDevice())
+    parallax_gen.tune(kernels=(SPEC, SHAPE), trials=8, workers=1)
+    assert FakeWorker.measured_on == {0, 2}
+    assert capsys.readouterr().err.startswith("uses GPUs 0 and 2; GPU 1 is in use (3.5 GiB)\n[1/1] ")
+    parallax_gen.tune(kernels=(SPEC, SHAPE), **QUICK)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_memory_of_this_process_is_not_in_use(fake_h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its calls run on the current device, so that device's card is tuned."""
+    fake_machine(monkeypatch, FakeDevice(gpu_by_name("h100")), FakeDevice(gib=9), FakeDevice(gib=9), FakeDevice())
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert module._current_device() == (3,)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * 2**30 if device == 1 else 0)
+    monkeypatch.setattr(module, "gpu_here", lambda: H200)
+    parallax_gen.tune(kernels=(SPEC, SHAPE), **QUICK | {"trials": 8})
+    assert FakeWorker.measured_on == {1, 3}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_samples import CALL, H200, PLACE, config, dkdv_record, make_record, run, start_python
-from fake_card import FakeWorker
+from fake_card import FakeDevice, FakeWorker, fake_machine
 from rich.console import Console
 
 from parallax_gen.memory.result import Outcome
@@ -154,14 +154,7 @@ def test_without_options_everything_is_tuned(fake_h200: None) -> None:
 # Several devices, several hosts
 
 
-def fake_gpus(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> None:
-    """Pretend that this machine has these GPUs, in this order."""
-    here = iter([name and gpu_by_name(name) for name in names])
-    monkeypatch.setattr("parallax_gen.cli.devices.card_of_worker", lambda bench: next(here))
-
-
-def test_several_devices_share_the_jobs(fake_h200: None, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpus(monkeypatch, "h200", "h200", "h200")
+def test_several_devices_share_the_jobs(fake_h200: None, store: Store) -> None:
     result = run("tune", "--op", "training", "--shape", "1,8,1024", *FEW, "--devices", "0,2,3")
     assert result.exit_code == 0, result.output
     assert "[4/4] h200: dqdr" in result.stderr
@@ -180,7 +173,7 @@ def test_several_devices_share_the_jobs(fake_h200: None, store: Store, monkeypat
 def test_devices_must_exist_and_be_of_one_model(
     names: tuple[str | None, ...], said: str, fake_h200: None, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_gpus(monkeypatch, *names)
+    fake_machine(monkeypatch, *(FakeDevice(name and gpu_by_name(name)) for name in names))
     result = run("tune", *FEW, "--devices", "0,1")
     assert result.exit_code == 2
     assert result.stderr.startswith(said)

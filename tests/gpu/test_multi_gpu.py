@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallax_gen.tuning.workers.visible import visible_devices
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
@@ -35,6 +37,23 @@ def test_ring_attention_and_shared_records(mask: tuple[str, ...], tmp_path: Path
     assert f"{ranks} ranks choose from the same " in printed
     assert all(f"  {name}: off by " in printed for name in ("out", "dq", "dr", "dk", "dv"))
     assert "8192 tokens, step: " in printed
+
+
+def test_a_tune_uses_all_free_devices(tmp_path: Path) -> None:
+    """All that there are, unless earlier tests of this process hold memory of some: that is for the tune in use."""
+    assert visible_devices() == torch.cuda.device_count()
+    environment = os.environ | {"PARALLAX_GEN_DB": str(tmp_path / "tuning.db")}
+    shape = ("--op", "decode", "--shape", "1,8,1024", "--trials", "2", "--time-budget", "60")
+    command = [sys.executable, "-m", "parallax_gen.cli", "tune", *shape]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=600)
+    assert done.returncode == 0, done.stderr
+    used, *left_out = done.stderr.splitlines()[0].split("; ")
+    *others, last = map(str, range(torch.cuda.device_count()))
+    if torch.cuda.is_initialized():
+        assert used.startswith("uses GPU")
+        assert all(" is in use (" in reason for reason in left_out)
+    else:
+        assert (used, left_out) == (f"uses GPUs {', '.join(others)} and {last}", [])
 
 
 def test_all_devices_tune(tmp_path: Path) -> None:
