@@ -18,6 +18,7 @@ from parallax_gen.describe import duration, format_counts
 from parallax_gen.memory.place import Place, place_of
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.models import Model
+from parallax_gen.problem.shapes import lengths_near
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.problem.steps import SERVING, Call, Serving, Step, Training, steps_of, title_of
 from parallax_gen.problem.workloads import NO_FLAGS, TRAINING, USUAL_HEAD_DIM, Flags, Sizes
@@ -60,7 +61,18 @@ class ModelArgs:
         model = replace(model.split(self.tp, "--tp"), dtype=dtype, batch_invariant=flags.batch_invariant)
         training = Training.for_model(model, **self.runs[TRAINING]) if TRAINING in self.runs else None
         serving = Serving.for_model(model, **self.runs[SERVING], **cache) if SERVING in self.runs else None
+        if seqlen := self.runs.get(TRAINING, {}).get("seqlen"):
+            _print_length("--seqlen", seqlen, "tokens")
+        if max_len := self.runs.get(SERVING, {}).get("max_len"):
+            _print_length("--max-len", max_len, "keys", flags.page_size or 1)
         return model, steps_of(model, training, serving)
+
+
+def _print_length(option: str, length: int, unit: str, page_size: int = 1) -> None:
+    """Say on standard error which bucket a length means, as `print_bucket` does for a --shape."""
+    bucket, lengths = lengths_near(-(-length // page_size) * page_size)  # a cache has whole pages
+    if bucket != length:
+        print_text(f"{option} {length} means the bucket of {bucket} {unit}, one config for {lengths} {unit}", err=True)
 
 
 def parse_heads(text: str) -> tuple[int, int]:

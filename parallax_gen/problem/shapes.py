@@ -134,6 +134,12 @@ def bucket_of(shape: Shape) -> Bucket:
     )
 
 
+def lengths_near(length: int) -> tuple[int, str]:
+    """A bucket's length for this one, and the lengths that it represents: `4096` and `2897 to 5792`."""
+    power = _nearest_power_of_two(max(length, SHORTEST))
+    return power, _range(power, SHORTEST)
+
+
 def sizes_of(bucket: Bucket) -> str:
     """The sizes that a bucket represents: `batch x kv_heads 6 to 11, seqlen 2897 to 5792`."""
     keys = _range(bucket.seqlen_kv, SHORTEST)

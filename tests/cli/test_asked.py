@@ -351,6 +351,29 @@ def test_a_shape_says_which_bucket_it_means(command: str, store: Store) -> None:
     )
 
 
+@pytest.mark.parametrize("command", ["show", "explain", "list", "render"])
+def test_a_length_of_a_run_says_which_bucket_it_means(command: str, store: Store) -> None:
+    def said(*arguments: str) -> list[str]:
+        result = run(command, "--gpu", "h200", "--heads", "8", *arguments)
+        assert result.exit_code == 0, result.output
+        return [line for line in result.stderr.splitlines() if "means the bucket" in line]
+
+    tokens = "--seqlen 5000 means the bucket of 4096 tokens, one config for 2897 to 5792 tokens"
+    keys = "--max-len 5000 means the bucket of 4096 keys, one config for 2897 to 5792 keys"
+    assert said("--for", "training", "--seqlen", "5000") == [tokens]
+    assert said("--for", "training", "--for", "serving", "--seqlen", "5000", "--max-len", "5000") == [tokens, keys]
+    assert said("--for", "training", "--seqlen", "4096") == []
+    assert said("--for", "serving") == []
+
+
+def test_a_length_in_pages_means_the_bucket_of_whole_pages(store: Store) -> None:
+    serving = ("explain", "--gpu", "h200", "--for", "serving", "--heads", "8", "--max-len", "5790")
+    assert "means the bucket of 4096 keys" in run(*serving).stderr
+    assert (
+        "means the bucket of 8192 keys, one config for 5793 to 11585 keys" in run(*serving, "--page-size", "64").stderr
+    )
+
+
 def test_a_shape_of_tune_says_which_bucket_it_means(fake_h200: None, store: Store) -> None:
     result = run("tune", "--op", "decode", "--op", "forward", "--shape", "1,8,5000", "--trials", "1", "--workers", "1")
     assert result.stderr.count("means the bucket") == 2
