@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from parallax_gen.cli.models import ModelArgs, asked, asked_options
-from parallax_gen.cli.options import KernelArgs, chosen_gpu, gpu_option, json_option, shape_option
+from parallax_gen.cli.options import KernelArgs, check_file, chosen_gpu, gpu_option, json_option, shape_option
 from parallax_gen.cli.text import print_json, print_text
 from parallax_gen.describe import format_counts
 from parallax_gen.problem.workloads import Sizes
@@ -57,6 +57,7 @@ def lock(
     if calls is not None and (model or requested.op or shapes):
         raise click.UsageError("--calls has the kernels and sizes: leave out the options that choose them")
     if calls is not None:
+        check_file("--calls", calls)
         kernels = [(spec, representative(bucket, spec.group)) for spec, bucket in read_calls(calls)]
     else:
         kernels = [(call.spec, call.shape) for call in asked(model, requested, shapes).calls]

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -228,6 +229,12 @@ def print_bucket(sizes: Sizes, ops: Sequence[str]) -> None:
         own = shape.batch * shape.kv_heads, shape.seqlen_q, shape.seqlen_kv
         if own != (bucket.kv_rows, bucket.seqlen_q, bucket.seqlen_kv):
             print_text(f"--shape {sizes} means the bucket {bucket}, one config for {sizes_of(bucket)}", err=True)
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise BadParameter for a missing file, where it is read: Click's own check would read the file of an example."""
+    if not path.exists():
+        raise click.BadParameter(f"File '{path}' does not exist.", param_hint=f"'{option}'")
 
 
 def with_options(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from parallax_gen.cli.options import json_option
+from parallax_gen.cli.options import check_file, json_option
 from parallax_gen.cli.text import print_json, print_text
 from parallax_gen.errors import ParallaxGenError
 
@@ -58,6 +58,8 @@ def report(gpus: tuple[str, ...], benches: tuple[Path, ...], out: Path, all_envi
     from parallax_gen.report.data import collect, to_json
     from parallax_gen.report.page import html
 
+    for path in benches:
+        check_file("--bench", path)
     rows = [row for path in benches for row in read_rows(path)]
     memory = open_memory()
     data = collect(memory, gpus, rows, all_environments=all_environments)

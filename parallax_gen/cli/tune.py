@@ -11,6 +11,7 @@ import click
 from parallax_gen.cli.devices import card_to_tune, devices_option
 from parallax_gen.cli.models import ModelArgs, confirm, model_options, print_plan
 from parallax_gen.cli.options import (
+    check_file,
     check_flags,
     flag_options,
     gpu_option,
@@ -155,6 +156,8 @@ def tune(
     if refresh and storage is not None:
         raise click.UsageError("--refresh cannot be combined with --storage: one process times its own records")
     model_steps = model.steps(head_dims, dtypes, flags) if model else None
+    if calls:
+        check_file("--calls", calls)
     counts = read_calls(calls) if calls else None
     all_places = refresh and not (model or calls or grid or shapes or flags != NO_FLAGS)
     matches = functools.partial(matches_filters, ops=ops, head_dims=head_dims, dtypes=dtypes)

@@ -103,6 +103,14 @@ def test_options_that_choose_kernels_are_refused(arguments: tuple[str, ...], sto
     assert store.all() == []
 
 
+def test_a_missing_file_is_wrong_usage(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.jsonl"
+    for command in (("tune",), ("lock", "-o", tmp_path / "k.lock")):
+        result = run(*command, "--gpu", "h200", "--calls", path)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert result.stderr.startswith(f"error: Invalid value for '--calls': File '{path}' does not exist.")
+
+
 def test_a_malformed_file_is_one_line(store: Store, tmp_path: Path) -> None:
     path = file_of(tmp_path / "calls.jsonl", {PAGED: 1})
     with path.open("a", encoding="utf-8") as file:

@@ -215,6 +215,7 @@ def test_json_has_the_data_of_the_figures(store: Store, tmp_path: Path) -> None:
     [
         (("--gpu", "b300"), "error: unknown GPU 'b300'", 2),
         (("--bench", "empty.csv"), "empty.csv, line 1: got no columns", 1),
+        (("--bench", "nowhere.csv"), "error: Invalid value for '--bench': File 'nowhere.csv' does not exist.", 2),
         (("--out", "missing/report.html"), "error: cannot write missing/report.html", 1),
     ],
 )
