@@ -219,7 +219,9 @@ def test_an_install_without_extras_calls_kernels(light_programs: Path, declared:
     run(light_programs / "python", "-c", LIGHT, cwd=tmp_path)
     for command in (["parallax-gen", "--help"], ["python", "-m", "parallax_gen", "list"]):
         program, *arguments = command
-        done = subprocess.run([light_programs / program, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [light_programs / program, *arguments], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60
+        )
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "error: the command line needs click: pip install 'parallax-gen[tune]'\n"
 
