@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from parallax_gen.files import replace_file
 from parallax_gen.memory.bounds import check_flat, check_text, shown
 from parallax_gen.memory.commands import lock_command
 from parallax_gen.memory.old import config_of_record
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, config_at, layouts_of
 from parallax_gen.memory.ranking import Candidate, Tier, default_of
 from parallax_gen.memory.result import LONGEST_REASON, MALFORMED
 from parallax_gen.memory.toolchain import Toolchain
@@ -43,7 +44,8 @@ NO_CHECK = "which decides: locked kernels are not checked for spills"
 class LockedKernel:
     """A line of a lock.
 
-    kernel     the fingerprint of the rendered kernel: see codegen/fingerprint.py
+    kernel     the fingerprint of the rendered kernel: see codegen/fingerprint.py. With a
+               batch-invariant place one for the kernels of all its layouts
     toolchain  its full versions: a lock allows no other
     """
 
@@ -55,7 +57,7 @@ class LockedKernel:
     @classmethod
     def here(cls, place: Place, config: KernelConfig, gpu: Gpu) -> LockedKernel:
         """A config's kernel as this process renders and compiles it. Raises ConfigError if the config is invalid."""
-        return cls(place, config, render(place.spec, config, gpu).kernel, Toolchain.here())
+        return cls(place, config, _fingerprint(place, config, gpu), Toolchain.here())
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -145,7 +147,7 @@ class Lock:
             reason = f"with {_versions(locked.toolchain)}, but here is {_versions(here)}"
         else:
             try:
-                kernel = render(place.spec, locked.config, gpu).kernel
+                kernel = _fingerprint(place, locked.config, gpu)
                 if kernel != locked.kernel:
                     reason = f"as kernel {locked.kernel[:12]}, but its config now renders kernel {kernel[:12]}"
             except ConfigError as error:
@@ -177,6 +179,15 @@ def read_lock(path: Path, missing: str = "error") -> Lock:
             what = "not the header of a lock" if number == 1 else "not a locked kernel"
             raise StoreError(f"{path}, line {number}: {what}: {str(error)[:LONGEST_REASON]}") from error
     return Lock(path, kernels, missing)
+
+
+def _fingerprint(place: Place, config: KernelConfig, gpu: Gpu) -> str:
+    """The fingerprint of a place's kernel, or one for the kernels of its layouts. Raises ConfigError."""
+    kernels = [render(place.spec, config, gpu).kernel]
+    for spec in layouts_of(place.spec)[1:]:
+        with suppress(ConfigError):  # such as a block that does not fit beside a page table: calls in pages will say so
+            kernels.append(render(spec, config_at(spec, config), gpu).kernel)
+    return kernels[0] if len(kernels) == 1 else hashlib.sha256(" ".join(kernels).encode()).hexdigest()[:32]
 
 
 def write_lock(path: Path, kernels: Iterable[LockedKernel]) -> None:

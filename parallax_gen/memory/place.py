@@ -99,6 +99,15 @@ def place_of(gpu: str, spec: KernelSpec, sizes: Shape | Bucket) -> Place:
     return Place(gpu, spec, Bucket(_INVARIANT_KV_ROWS, seqlen_q, _INVARIANT_SEQLEN, window))
 
 
+def layouts_of(spec: KernelSpec) -> list[KernelSpec]:
+    """The spec of a place, and if it is batch-invariant kinds of calls that get its config in another kernel."""
+    if not spec.batch_invariant:
+        return [spec]
+    changes: list[dict[str, Any]] = [{}, {"page_size": 16}, {"leftpad": True}, {"stats": True}]
+    changes += [{"varlen": True}] * spec.multi_token
+    return [replace(spec, **change) for change in changes]
+
+
 def config_at(spec: KernelSpec, config: KernelConfig) -> KernelConfig:
     """The config of a place as a call of this kernel gets it: packed sequences cannot be loaded by descriptors.
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from parallax_gen.codegen.render import render
+from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ArgumentError, LockError, StoreError
 from parallax_gen.memory.commands import lock_command
 from parallax_gen.memory.lock import Lock, LockedKernel, lock_of_environment, lock_text, read_lock, write_lock
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.memory.ranking import Tier, default_of
 from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.decode import DecodeConfig
-from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.hardware import Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
 
@@ -172,6 +172,25 @@ def test_a_kernel_that_is_not_rendered_any_more_is_an_error(path: Path) -> None:
     assert f"as kernel {'0' * 12}, but its config now renders kernel {LOCKED.kernel[:12]}" in message
     assert message.startswith(f"{path} has {PLACE.spec}; {PLACE.bucket} on h200 as kernel")
     assert f"run `{lock_command(PLACE, path)}`" in message
+
+
+@pytest.mark.parametrize("changed", ["", "page_size", "leftpad", "stats"])
+def test_a_batch_invariant_place_is_locked_in_all_layouts(
+    path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """A change of the kernel that reads pages, say, changes bits that the lock promises."""
+    spec = replace(PLACE.spec, op="decode_varlen", batch_invariant=True)
+    place = place_of("h200", spec, PLACE.bucket)
+    lock = written(path, LockedKernel.here(place, CONFIG, GPU))
+    assert lock.candidate(place, GPU).locked
+
+    def render_another(spec: KernelSpec, config: DecodeConfig, gpu: Gpu) -> KernelSource:
+        source = render(spec, config, gpu)
+        is_changed = getattr(spec, changed) if changed else spec == place.spec
+        return replace(source, kernel="0" * 32) if is_changed else source
+
+    monkeypatch.setattr("parallax_gen.memory.lock.render", render_another)
+    assert "its config now renders kernel" in message_of(lock, place)
 
 
 def test_a_config_that_is_not_valid_any_more_is_an_error(path: Path) -> None:
