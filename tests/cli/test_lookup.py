@@ -59,7 +59,10 @@ def test_list_has_the_best_of_each_place(store: Store) -> None:
     assert records[0]["rate"] == pytest.approx(4477, rel=0.01)
     assert records[0]["rate_unit"] == "GB/s"
     assert len(run_json("list", "--all")["records"]) == 4
-    assert run_json("list", "--op", "forward") == run_json("list", "--gpu", "h100") == {"records": []}
+    assert run_json("list", "--op", "forward") == run_json("list", "--gpu", "a100") == {"records": []}
+    (borrowed,) = run_json("list", "--gpu", "h100")["records"]  # of the same compute capability
+    assert borrowed["config"] == records[0]["config"]
+    assert borrowed["place"]["gpu"] == "h200"
     table = run("list", "--gpu", "H200").stdout
     assert "h200: decode, head_dim 128, bf16, GQA 4:1" in table
     assert "N32 H8 S1 w1 s4  measured" in table
