@@ -44,8 +44,8 @@ NO_CHECK = "which decides: locked kernels are not checked for spills"
 class LockedKernel:
     """A line of a lock.
 
-    kernel     the fingerprint of the rendered kernel: see codegen/fingerprint.py. With a
-               batch-invariant place one for the kernels of all its layouts
+    kernel     the fingerprint of the rendered kernel: see codegen/fingerprint.py. Of a batch-invariant place, one for
+               the kernels of its layouts
     toolchain  its full versions: a lock allows no other
     """
 

@@ -100,7 +100,7 @@ def place_of(gpu: str, spec: KernelSpec, sizes: Shape | Bucket) -> Place:
 
 
 def layouts_of(spec: KernelSpec) -> list[KernelSpec]:
-    """The spec of a place, and if it is batch-invariant kinds of calls that get its config in another kernel."""
+    """The spec of a place and, if it is batch-invariant, of other layouts whose kernels have its config."""
     if not spec.batch_invariant:
         return [spec]
     changes: list[dict[str, Any]] = [{}, {"page_size": 16}, {"leftpad": True}, {"stats": True}]

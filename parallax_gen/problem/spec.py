@@ -195,8 +195,7 @@ class KernelSpec:
 
 def batch_invariant_spec(spec: KernelSpec) -> KernelSpec:
     """The spec of the same call with batch_invariant=True: of decode with per-sequence lengths, if it is decode."""
-    op = PER_SEQUENCE_LENGTH_OPS[0] if spec.public_op == public_op_of(PER_SEQUENCE_LENGTH_OPS[0]) else spec.op
-    return replace(spec, op=op, batch_invariant=True)
+    return replace(spec, op="decode_varlen" if spec.public_op == "decode" else spec.op, batch_invariant=True)
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
