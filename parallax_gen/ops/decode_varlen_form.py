@@ -241,11 +241,6 @@ class VarlenForm(CacheForm):
         """The mask argument that excludes the padding of keys and values."""
         return f", mask=mask_{'w' if self.spec.cache_dtype else 'd'}[None, :], other=0" if self.padded else ""
 
-    @property
-    def and_key_mask(self) -> str:
-        """The part of a mask of keys and values that excludes their padding."""
-        return f" & mask_{'w' if self.spec.cache_dtype else 'd'}[None, :]" if self.padded else ""
-
     # -- the schedule
 
     @property

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from parallax_gen.codegen.abi import Call, Inputs, prepare
 from parallax_gen.codegen.build import load
@@ -117,3 +119,39 @@ def test_nan_stays_in_its_row(spec: KernelSpec) -> None:
     assert out[0, 33, 2].isnan().all()
     out[0, 33, 2] = 0.0
     assert out.isfinite().all()
+
+
+def permuted(x: torch.Tensor, seed: int) -> torch.Tensor:
+    return x[..., torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(seed))].contiguous()
+
+
+DOT_ROWS: Any = None  # a rendered kernel's
+
+
+@triton.jit
+def row_dots(x_ptr, y_ptr, out_ptr, PLAIN: tl.constexpr):
+    offs_m, offs_d = tl.arange(0, 64), tl.arange(0, 128)
+    x = tl.load(x_ptr + offs_m[:, None] * 128 + offs_d[None, :])
+    y = tl.load(y_ptr + offs_d)[None, :]
+    dots = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1) if PLAIN else DOT_ROWS(x, y)
+    tl.store(out_ptr + offs_m, dots)
+
+
+def test_the_reference_does_not_depend_on_the_order_of_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 keeps a row's elements in other threads where statistics are written: its sum has another order."""
+    spec = KernelSpec("forward", 128, "bf16", **CAUSAL)
+    config = ForwardConfig(64, 64, GROUP_HEADS=4, num_warps=4, num_stages=2, SOFTMAX="fixed_reference")
+    monkeypatch.setitem(globals(), "DOT_ROWS", load(render(spec, config, GPUS["h200"]))._dot_rows)
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 128, generator=draw).bfloat16(), (4 * torch.randn(128, generator=draw)).bfloat16()
+
+    def dots(seed: int, plain: bool) -> torch.Tensor:
+        out = torch.empty(64)
+        row_dots[(1,)](permuted(x, seed), permuted(y, seed), out, PLAIN=plain)
+        return out
+
+    first, *others = (dots(seed, plain=False) for seed in range(8))
+    assert all(torch.equal(first, other) for other in others)
+    plain, *others = (dots(seed, plain=True) for seed in range(8))
+    assert not any(torch.equal(plain, other) for other in others)
+    assert (first - plain).abs().max() < 128 * 2**-12  # each of the 128 products is rounded to the nearest 2^-11
