@@ -10,7 +10,6 @@ from parallax_gen.cli.models import ModelArgs, asked, asked_options
 from parallax_gen.cli.options import KernelArgs, gpu_option, gpu_or_stand_in, json_option, shape_option
 from parallax_gen.cli.text import print_json, print_text
 from parallax_gen.codegen import device
-from parallax_gen.describe import describe
 from parallax_gen.problem.workloads import Sizes
 
 
@@ -19,6 +18,7 @@ from parallax_gen.problem.workloads import Sizes
 @asked_options
 @shape_option(multiple=True, more_help="Repeatable. Default: the first of the op's usual shapes.")
 @click.option("--all", "every", is_flag=True, help="With --op, instead of --shape: every size with a measured record.")
+@click.option("--cubin", is_flag=True, help="Also compile for the card, and write what a C program needs to launch it.")
 @click.option("-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), required=True)
 @json_option
 def export(
@@ -27,6 +27,7 @@ def export(
     requested: KernelArgs,
     shapes: tuple[Sizes, ...],
     every: bool,
+    cubin: bool,
     folder: Path,
     as_json: bool,
 ) -> None:
@@ -39,6 +40,7 @@ def export(
     \b
     Example
       parallax-gen export --gpu h200 --op decode --shape 32,32/8,8192 -o kernels
+      parallax-gen export --gpu h200 --op decode --shape 32,32/8,8192 --cubin -o kernels
       parallax-gen export --op training --shape 4,16,4096 -o kernels
       parallax-gen export --for serving --heads 32/8 --page-size 16 -o kernels
     """
@@ -52,17 +54,16 @@ def export(
     card, memory = gpu_or_stand_in(gpu, lambda: device.gpu_here(0)), open_memory()
     known = known_places(memory, card, requested.matches) if every else []
     places = [(place.spec, place) for place in known]
-    written = write_kernels(
-        kernels_at(places or kernels.kernels(card), card, memory, lock_of_environment()), card, folder
-    )
+    kernels_here = kernels_at(places or kernels.kernels(card), card, memory, lock_of_environment())
+    written = write_kernels(kernels_here, card, folder, kernels.calls if cubin else None)
     if as_json:
-        files = [kernel.to_json(path) for path, kernel in written]
+        files = [file.to_json() for file in written]
         print_json({"gpu": card.name, "readme": str(folder / "README.md"), "kernels": files})
         return
-    for path, kernel in written:
-        print_text(str(path))
-        print_text(f"    {describe(kernel.config)}", indent="    ")
-        print_text(f"    {kernel.provenance}", indent="    ")
+    for file in written:
+        print_text(str(file.path))
+        for line in file.lines:
+            print_text(f"    {line}", indent="    ")
     if requested.op and not (shapes or places):
         why = "no size has a record, so" if every else "without --shape"
         advice = "" if every else "; --all writes every size with a record"

@@ -67,7 +67,14 @@ def _import_file(path: Path, *, alone: bool = False) -> ModuleType:
 
 
 def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu) -> Resources:
-    """Compile every kernel of the source for `gpu`, which need not be in this machine. Returns the resources.
+    """Compile every kernel of the source for `gpu`, as `compile_launches` does. Returns the resources."""
+    return resources_of([launch.compiled for launch in compile_launches(source, spec, config, shape, gpu)])
+
+
+def compile_launches(
+    source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu
+) -> list[Launch]:
+    """Compile every kernel of the source for `gpu`, which need not be in this machine. Returns the launches, in order.
 
     `launch` runs on meta tensors with launching disabled, so Triton compiles and caches the same program as for the
     same call on the GPU. Raises BuildError if the config does not compile, and MachineError if this machine cannot
@@ -86,7 +93,7 @@ def compile_for(source: KernelSource, spec: KernelSpec, config: KernelConfig, sh
             module.launch(*prepare(spec, config, empty_inputs(spec, shape, "meta")).arguments(1.0))
         except Exception as error:  # Triton's stages raise many types; any of them means: no program
             raise machine_error(error) or BuildError(gist(error)) from error
-    return resources_of([launch.compiled for launch in launches])
+    return launches
 
 
 def compile_here(source: KernelSource, spec: KernelSpec, config: KernelConfig, shape: Shape) -> Resources:

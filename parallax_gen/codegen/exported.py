@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import parallax_gen
@@ -42,15 +43,19 @@ it is fast near the sizes it was made for."""
     path.write_text("\n\n".join([introduction, *bodies]) + "\n", encoding="utf-8")
 
 
-def section(source: str, what: str, gpu_title: str, provenance: str) -> str:
-    """The section of one kernel: what it is, where it comes from, and the signature and docstring of its launch."""
+def section(source: str, what: str, gpu_title: str, provenance: str, for_c: Sequence[str] = ()) -> str:
+    """The section of one kernel: what it is, where it comes from, and the signature and docstring of its launch.
+
+    for_c  the files with which a C program launches it
+    """
     launch = next(
         node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "launch"
     )
     arguments = ", ".join(argument.arg for argument in launch.args.args)
+    c_files = f"\n- for C: {', '.join(for_c)}" if for_c else ""
     return f"""- {what}
 - for {gpu_title}
-- from: {provenance}
+- from: {provenance}{c_files}
 
 ```python
 launch({arguments})

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from parallax_gen.codegen.exported import read_sections, section, write_sections
 from parallax_gen.codegen.render import KernelSource, render
-from parallax_gen.describe import time_and_rate
+from parallax_gen.describe import describe, time_and_rate
 from parallax_gen.errors import ParallaxGenError
 from parallax_gen.memory.descriptions import Origins, differences_from_here, shape_of
 from parallax_gen.memory.guard import CheckedChoice, checked_choice
 from parallax_gen.memory.lock import Lock
-from parallax_gen.memory.place import Place, config_at
+from parallax_gen.memory.place import Place, config_at, place_of
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.ops.base import KernelConfig, config_to_dict, op_of
 from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Shape, representative
 from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.steps import Call
+from parallax_gen.runtime.export_for_c import write_for_c
 
 # A call of this package first compiles a borrowed kernel and may reject it. An exported file has no such check.
 NOT_CHECKED = "not checked here: the file launches it even if it spills far more than the default"
+
+BY_POINTERS = "loads by pointers in place of tensor descriptors, which a C program would have to make"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,13 @@ class ExportedKernel:
     config: KernelConfig
     provenance: str
 
+    def by_pointers(self) -> ExportedKernel:
+        """The kernel of the same config that loads by pointers, if this one loads by tensor descriptors."""
+        if getattr(self.config, "LOADS", "") != "descriptors":
+            return self
+        config: Any = replace(self.config, LOADS="pointers")
+        return replace(self, config=config, provenance=f"{self.provenance}; {BY_POINTERS}")
+
     def file_name(self, source: KernelSource) -> str:
         """An importable module name, such as decode_d128_bf16_g4_rows256_kv8192.py."""
         bucket = self.place.bucket
@@ -43,14 +55,31 @@ class ExportedKernel:
         window = f"_w{bucket.window}" if bucket.window else ""
         return f"{source.name}_rows{bucket.kv_rows}{lengths}{window}.py"
 
-    def to_json(self, path: Path) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class WrittenKernel:
+    """An exported kernel and its files. for_c: the header, the launch parameters, a program, and the cubins, or none"""
+
+    path: Path
+    kernel: ExportedKernel
+    for_c: tuple[Path, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        kernel = self.kernel
         return {
-            "file": str(path),
-            "spec": self.spec.to_dict(),
-            "bucket": self.place.bucket.to_dict(),
-            "config": config_to_dict(self.config),
-            "from": self.provenance,
+            "file": str(self.path),
+            "spec": kernel.spec.to_dict(),
+            "bucket": kernel.place.bucket.to_dict(),
+            "config": config_to_dict(kernel.config),
+            "from": kernel.provenance,
+            **({"for_c": [str(path) for path in self.for_c]} if self.for_c else {}),
         }
+
+    @property
+    def lines(self) -> list[str]:
+        """What the files are, in sentences."""
+        c_files = [f"for C: {', '.join(path.name for path in self.for_c)}"] if self.for_c else []
+        return [describe(self.kernel.config), self.kernel.provenance, *c_files]
 
 
 def kernels_at(
@@ -68,24 +97,49 @@ def known_places(memory: Memory, gpu: Gpu, matches: Callable[[Place], bool]) -> 
     return [place for place in places if checked_choice(place, gpu, memory).candidate.record]
 
 
-def write_kernels(kernels: Iterable[ExportedKernel], gpu: Gpu, folder: Path) -> list[tuple[Path, ExportedKernel]]:
-    """Write each kernel to a file, and the folder's README.md. Raises ParallaxGenError if the folder is not usable."""
+def write_kernels(
+    kernels: Iterable[ExportedKernel], gpu: Gpu, folder: Path, calls: Iterable[Call] | None = None
+) -> list[WrittenKernel]:
+    """Write each kernel to a file, and the folder's README.md. Raises ParallaxGenError if the folder is not usable.
+
+    calls  also compile each kernel, and write its cubins and what a C program needs to launch them: for the sizes of
+           the first of these calls in its bucket, else for the sizes that the bucket is tuned at
+    """
     readme = folder / "README.md"
     sections = read_sections(readme)
-    written: list[tuple[Path, ExportedKernel]] = []
+    written: list[WrittenKernel] = []
+    shapes = None if calls is None else _shapes_of(calls, gpu)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for kernel in kernels:
             place = kernel.place
+            for_c: tuple[Path, ...] = ()
+            if shapes is not None:
+                kernel = kernel.by_pointers()
             source = render(kernel.spec, kernel.config, gpu)
             path = folder / kernel.file_name(source)
             path.write_text(source.text, encoding="utf-8")
-            sections[path.name] = section(source.text, f"{kernel.spec}; {place.bucket}", gpu.title, kernel.provenance)
-            written.append((path, kernel))
+            if shapes is not None:
+                shape = shapes.get((kernel.spec, place)) or representative(place.bucket, kernel.spec.group)
+                for_c = write_for_c(path, source, kernel.spec, kernel.config, shape, gpu)
+            about = f"{kernel.spec}; {place.bucket}"
+            names = [file.name for file in for_c]
+            sections[path.name] = section(source.text, about, gpu.title, kernel.provenance, names)
+            written.append(WrittenKernel(path, kernel, for_c))
         write_sections(readme, sections)
     except OSError as error:
         raise ParallaxGenError(f"cannot write to {folder}: {error}") from error
     return written
+
+
+def _shapes_of(calls: Iterable[Call], gpu: Gpu) -> dict[tuple[KernelSpec, Place], Shape]:
+    """The sizes to compile each kernel for. Raises ParallaxGenError for calls of one bucket with different heads."""
+    shapes: dict[tuple[KernelSpec, Place], Shape] = {}
+    for call in calls:
+        first = shapes.setdefault((call.spec, place_of(gpu.name, call.spec, call.shape)), call.shape)
+        if first.kv_heads != call.shape.kv_heads:  # strides of the heads may be compiled in
+            raise ParallaxGenError(f"{first} and {call.shape} would be one file: export them to two folders")
+    return shapes
 
 
 def _exported(spec: KernelSpec, place: Place, choice: CheckedChoice, origins: Origins) -> ExportedKernel:
