@@ -1,4 +1,5 @@
-"""Write the generated pages of docs/: cli.md from the commands' help; figures.md and speedup.svg from docs/figures/.
+"""Write the generated pages of docs/: cli.md from the commands' help; figures.md, release.md and speedup.svg from
+docs/figures/, release.md from the shipped records, too.
 
     python docs/generate.py [FOLDER]
 
@@ -6,7 +7,7 @@ They go to FOLDER, by default docs/.
 
 docs/figures/page.md is the text of figures.md. A line {{NAME}} in it becomes the table of NAME.csv. The columns `card`,
 `torch`, `Triton` and `date` of a CSV are the same in every row and become the line above the table; `note` becomes
-footnotes at its row, which `; ` separates.
+footnotes at its row, which `; ` separates. docs/figures/release.md is the text of release.md, likewise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -21,6 +23,11 @@ from xml.sax.saxutils import escape
 import click
 
 from parallax_gen.cli import main
+from parallax_gen.codegen.render import text_hash_of
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.shipped import load_shipped, shipped_gpus
+from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.report.published import CHANGED
 
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures"
@@ -82,6 +89,43 @@ def table(rows: list[Row]) -> str:
 
 def notes_of(row: Row) -> list[str]:
     return row["note"].split("; ") if row["note"] else []
+
+
+# -- release.md
+
+
+def release_page() -> str:
+    text = (FIGURES / "release.md").read_text(encoding="utf-8")
+    return text.replace("{{measured}}", measured()).replace("{{shipped}}", shipped())
+
+
+def measured() -> str:
+    """Each CSV: where it is in figures.md, its conditions, and how many of its rows are of changed kernels."""
+    lines = ["| table | card | torch | Triton | date | rows | changed |", "|" + "---|" * 7]
+    heading = ""
+    for line in (FIGURES / "page.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        elif name := re.fullmatch(r"\{\{(\w+)\}\}", line):
+            rows = rows_of(name[1])
+            anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            cells = [f"[{name[1]}](figures.md#{anchor})", *(rows[0][column] for column in CONDITIONS)]
+            changed = sum(CHANGED in row["note"] for row in rows)
+            lines.append("| " + " | ".join([*cells, str(len(rows)), str(changed)]) + " |")
+    return "\n".join(lines)
+
+
+def shipped() -> str:
+    """How many kernels and sizes each card has records of today's kernels for, by toolchain, op and dtype."""
+    lines = ["| card | Triton | ptxas | kernel | dtype | kernels and sizes |", "|" + "---|" * 6]
+    for name in shipped_gpus():
+        gpu, places = gpu_by_name(name), defaultdict[tuple[str, ...], set[Place]](set)
+        for record in load_shipped(name):
+            if text_hash_of(record.place.spec, record.config, gpu) == record.evidence.text:
+                spec, evidence = record.place.spec, record.evidence
+                places[evidence.triton, evidence.cuda, spec.public_op, spec.dtype].add(record.place)
+        lines += [f"| {gpu.title} | {' | '.join(key)} | {len(places[key])} |" for key in sorted(places)]
+    return "\n".join(lines)
 
 
 # -- speedup.svg
@@ -151,7 +195,7 @@ def text(x: int, y: int, content: str, weight: str = "normal", anchor: str = "st
     return f'<text x="{x}" y="{y}" font-weight="{weight}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
-PAGES = {"cli.md": cli_page, "figures.md": figures_page, "speedup.svg": chart}
+PAGES = {"cli.md": cli_page, "figures.md": figures_page, "release.md": release_page, "speedup.svg": chart}
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS

@@ -1,8 +1,8 @@
 """Convert a model of transformers to Parallax attention, fine-tune only its r_proj, save it and load it.
 
 The model is a tiny Qwen3 with random weights, and the text is this package's source code, byte by byte, so nothing is
-downloaded. A trained model from AutoModelForCausalLM.from_pretrained is converted in the same way. Needs transformers:
-pip install 'parallax-gen[transformers]'.
+downloaded. A trained model from AutoModelForCausalLM.from_pretrained is converted in the same way. Needs transformers,
+in the version of the extra `transformers`.
 """
 
 from __future__ import annotations

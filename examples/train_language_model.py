@@ -325,7 +325,7 @@ def main(out: Path, device: str | None, **options: Any) -> None:
     write_table(table, curves, settings)
     print(f"losses in {table}, nats a byte")
     drawn = draw(picture, curves, title)
-    print(f"curves in {picture}" if drawn else "no picture: it needs matplotlib (pip install 'parallax-gen[examples]')")
+    print(f"curves in {picture}" if drawn else "no picture: it needs matplotlib (pip install matplotlib)")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 _Error = TypeVar("_Error", bound="ParallaxGenError")
@@ -102,6 +103,29 @@ TUNE_EXTRA = {
 }
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this package from where this installation is from.
+
+    So it is right for a checkout, a file and an index, whether or not an index has the package.
+    """
+    import json
+    from importlib import metadata
+    from urllib.parse import unquote, urlsplit
+
+    checkout = Path(__file__).parents[1]
+    origin: dict[str, Any] = {"url": checkout.as_uri(), "dir_info": {"editable": True}}  # runs without installation
+    with suppress(metadata.PackageNotFoundError):
+        # Installers write this file (PEP 610) for all that is not from an index.
+        origin = json.loads(metadata.distribution("parallax-gen").read_text("direct_url.json") or "{}")
+    url = origin.get("url", "")
+    if url.startswith("file:"):
+        editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+        return f"pip install {editable}'{unquote(urlsplit(url).path)}[{extra}]'"
+    if vcs := origin.get("vcs_info"):
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    return f"pip install 'parallax-gen[{extra}]{url and f' @ {url}'}'"
+
+
 @contextmanager
 def tune_extra(what: str, kind: type[ParallaxGenError] = MachineError) -> Iterator[None]:
     """Turn a failed import of a package of the extra `tune` into an error of this kind that says how to install it.
@@ -116,7 +140,7 @@ def tune_extra(what: str, kind: type[ParallaxGenError] = MachineError) -> Iterat
         package = TUNE_EXTRA.get((error.name or "").partition(".")[0])
         if package is None:
             raise
-        raise kind(f"{what} needs {package}: pip install 'parallax-gen[tune]'") from error
+        raise kind(f"{what} needs {package}: {install_command('tune')}") from error
 
 
 # -- Faults of the machine, as opposed to failures of a kernel.

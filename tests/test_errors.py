@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from parallax_gen.errors import (
     MemoryTakenError,
     gist,
     held_by_other_processes,
+    install_command,
     is_stored_machine_error,
     machine_error,
     machine_error_of_exit,
@@ -170,3 +174,39 @@ def test_messages_stored_by_earlier_versions() -> None:
 def test_an_out_of_memory_message_without_sizes_is_the_configs() -> None:
     assert held_by_other_processes(WITH_OTHERS)
     assert not held_by_other_processes("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "pip install 'parallax-gen[tune]'"),  # from an index, which has the package
+        ({"url": "file:///home/a%20b/gen", "dir_info": {"editable": True}}, "pip install -e '/home/a b/gen[tune]'"),
+        ({"url": "file:///home/gen", "dir_info": {}}, "pip install '/home/gen[tune]'"),
+        ({"url": "file:///home/gen.whl", "archive_info": {}}, "pip install '/home/gen.whl[tune]'"),
+        (
+            {"url": "https://host/gen.git", "vcs_info": {"vcs": "git", "commit_id": "0a1b"}},
+            "pip install 'parallax-gen[tune] @ git+https://host/gen.git@0a1b'",
+        ),
+        (
+            {"url": "https://host/gen.whl", "archive_info": {}},
+            "pip install 'parallax-gen[tune] @ https://host/gen.whl'",
+        ),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_package_is_from(
+    origin: dict[str, object] | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip writes direct_url.json, by PEP 610, unless it took the package from an index."""
+    (tmp_path / "METADATA").write_text("Name: parallax-gen\n", encoding="utf-8")
+    if origin is not None:
+        (tmp_path / "direct_url.json").write_text(json.dumps(origin), encoding="utf-8")
+    monkeypatch.setattr(metadata, "distribution", lambda name: metadata.PathDistribution(tmp_path))
+    assert install_command("tune") == command
+
+
+def test_without_an_installation_it_is_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> metadata.Distribution:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    assert install_command("tune") == f"pip install -e '{Path(__file__).parents[1]}[tune]'"

@@ -122,6 +122,33 @@ def test_no_version_is_capped_but_transformers(declared: Message) -> None:
     assert capped == {"transformers", "numpy"}  # numpy only for Python 3.10
 
 
+def test_twine_accepts_both_files(dist: Path) -> None:
+    """That an index would take them, and could show the README."""
+    pytest.importorskip("twine", reason="twine is not installed: pip install twine")
+    files = sorted([*dist.glob("*.whl"), *dist.glob("*.tar.gz")])
+    assert run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=dist).count("PASSED") == 2
+
+
+def test_every_address_in_the_metadata_is_in_the_readme(declared: Message) -> None:
+    """No address is guessed: the repository has no public one yet."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    addresses = [line.split(", ")[1] for line in declared.get_all("Project-URL", [])]
+    assert addresses
+    assert [address for address in addresses if address not in readme] == []
+
+
+def test_the_citation_is_of_this_version(declared: Message) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: transformers brings it")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation.keys() >= {"cff-version", "message", "title", "authors"}  # what the format requires
+    names = ("version", "license", "abstract")
+    fields = (declared["Version"], declared["License-Expression"], declared["Summary"])
+    assert tuple(citation[name] for name in names) == fields
+    assert {each["url"] for each in citation["references"]} == {
+        line.split(", ")[1] for line in declared.get_all("Project-URL", []) if line.startswith("Paper, ")
+    }
+
+
 # behaviour
 
 
@@ -213,7 +240,9 @@ assert load_shipped("h200")
 """
 
 
-def test_an_install_without_extras_calls_kernels(light_programs: Path, declared: Message, tmp_path: Path) -> None:
+def test_an_install_without_extras_calls_kernels(
+    light_programs: Path, wheel: Path, declared: Message, tmp_path: Path
+) -> None:
     installed = {distribution.name for distribution in closure(declared.get_all("Requires-Dist", []), "")}
     assert not {canonicalize_name(name) for name in installed} & {canonicalize_name(n) for n in TUNE_EXTRA.values()}
     run(light_programs / "python", "-c", LIGHT, cwd=tmp_path)
@@ -223,7 +252,7 @@ def test_an_install_without_extras_calls_kernels(light_programs: Path, declared:
             [light_programs / program, *arguments], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=60
         )
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == "error: the command line needs click: pip install 'parallax-gen[tune]'\n"
+        assert done.stderr == f"error: the command line needs click: pip install '{wheel}[tune]'\n"
 
 
 def test_help_is_fast(shell: Callable[[str], str]) -> None:

@@ -14,7 +14,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from parallax_gen.errors import TUNE_EXTRA
+from parallax_gen.errors import TUNE_EXTRA, install_command
 from parallax_gen.memory.store import Store
 
 TOP = Path(__file__).parents[1]
@@ -151,7 +151,7 @@ def test_calls_run_and_records_are_read(folder: Path) -> None:
 def test_what_needs_the_extra_says_so_in_one_line(folder: Path) -> None:
     done = python(ERRORS, folder=folder)
     assert done.returncode == 0, done.stderr
-    install = "pip install 'parallax-gen[tune]'"
+    install = install_command("tune")
     assert json.loads(done.stdout) == {
         "tune": ["MachineError", f"parallax_gen.tune needs Optuna: {install}"],
         "prepare": ["MachineError", f"parallax_gen.prepare needs Optuna: {install}"],
@@ -179,7 +179,7 @@ def test_a_command_says_so_in_one_line(folder: Path, hidden: str, arguments: str
     code = f"import os; os.environ['PARALLAX_GEN_DB'] = 'mine.db'\n{COMMAND}"
     done = python(code, *arguments.split(), folder=folder, hidden={hidden})
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"error: {line}: pip install 'parallax-gen[tune]'\n"
+    assert done.stderr == f"error: {line}: {install_command('tune')}\n"
     assert (folder / "mine.db").exists() == (hidden == "rich")  # which is imported later than the database is opened
 
 
@@ -190,4 +190,4 @@ def test_doctor_says_what_is_missing(folder: Path) -> None:
     versions += "    return known(name)\nmetadata.version = version\n"
     done = python(versions + code, folder=folder, hidden={"optuna"})
     assert done.returncode == 1
-    assert "versions  broken  tuning needs Optuna: pip install 'parallax-gen[tune]'" in done.stdout
+    assert f"versions  broken  tuning needs Optuna: {install_command('tune')}" in done.stdout

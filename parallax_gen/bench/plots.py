@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from parallax_gen.bench.baselines import OURS
 from parallax_gen.bench.rows import Row
 from parallax_gen.bench.summary import times_ours
-from parallax_gen.errors import ParallaxGenError
+from parallax_gen.errors import ParallaxGenError, install_command
 from parallax_gen.problem.work import work_of_lengths
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 def picture_error(path: Path) -> str:
     """Why `draw` cannot make a file, checked before anything is timed; "" if it can."""
     if find_spec("matplotlib") is None:
-        return "--picture needs matplotlib: pip install 'parallax-gen[pictures]'"
+        return f"--picture needs matplotlib: {install_command('pictures')}"
     if path.suffix.lower() not in SUFFIXES:
         return f"--picture: {path} must end in one of {', '.join(SUFFIXES)}"
     if not path.absolute().parent.is_dir():

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from parallax_gen.cli.options import json_option
 from parallax_gen.cli.text import console, print_json, print_tables, print_text
+from parallax_gen.errors import install_command
 
 if TYPE_CHECKING:
     from parallax_gen.bench.plots import SearchCurves
@@ -112,7 +113,7 @@ def replay(
         folder.mkdir(parents=True, exist_ok=True)
         write_regrets(folder / "regrets.csv", replays)
         if not draw_regrets(folder / "regrets.png", replays):
-            click.echo("no regrets.png, which needs matplotlib: pip install 'parallax-gen[pictures]'", err=True)
+            click.echo(f"no regrets.png, which needs matplotlib: {install_command('pictures')}", err=True)
     if as_json:
         print_json({"sweeps": [sweep_to_json(*results) for results in replays]})
 

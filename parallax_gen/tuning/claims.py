@@ -28,7 +28,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError as UrlError
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from parallax_gen.errors import StoreError
+from parallax_gen.errors import StoreError, install_command
 from parallax_gen.memory.old import renamed_json
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import MALFORMED, Result
@@ -89,7 +89,7 @@ class Storage:
         except (ImportError, NoSuchModuleError) as error:
             raise StoreError(
                 f"the storage {self._name} needs a driver that is not installed ({error.__cause__ or error}); "
-                "for PostgreSQL: pip install 'parallax-gen[postgresql]'"
+                f"for PostgreSQL: {install_command('postgresql')}"
             ) from error
         except (SQLAlchemyError, OptunaError, OSError) as error:
             reason = " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())

@@ -11,6 +11,7 @@ import pytest
 
 from parallax_gen.bench.plots import draw, picture_error, ratios_of
 from parallax_gen.bench.rows import Row
+from parallax_gen.errors import install_command
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
@@ -51,4 +52,4 @@ def test_a_plot_is_written(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'parallax-gen[pictures]'" in picture_error(tmp_path / "grid.png")
+    assert install_command("pictures") in picture_error(tmp_path / "grid.png")

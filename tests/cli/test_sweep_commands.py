@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cli_samples import OTHER_TOOLCHAIN, PLACE, config, make_record, run, run_json
 
+from parallax_gen.errors import install_command
 from parallax_gen.memory.ranking import default_of
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.space import every_config
@@ -99,7 +100,7 @@ def test_without_matplotlib_the_table_is_still_printed(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run("replay", partial, *FEW, "--out", tmp_path / "out")
     assert done.exit_code == 0
-    assert "pip install 'parallax-gen[pictures]'" in done.output
+    assert install_command("pictures") in done.output
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["regrets.csv"]
 
 
