@@ -62,6 +62,8 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {
     "click": "cli/",
     "rich": ("cli/", "tuning/progress.py"),
     "transformers": "integrations/transformers/",
+    "vllm": "integrations/vllm/",
+    "sglang": "integrations/sglang/",
 }
 
 
@@ -204,6 +206,13 @@ def test_importing_the_package_loads_no_other_module() -> None:
     assert {name for name in modules if name.startswith("parallax_gen")} == {"parallax_gen"}
     assert not {"torch", "triton", "numpy", "jinja2", "optuna", "sqlite3", "sqlite_utils"} & modules
     assert opened == []
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engines_plug_in_loads_neither_torch_nor_engine(engine: str) -> None:
+    """The engine imports it in every process, whether or not a model needs it."""
+    modules, _ = loaded_by(f"parallax_gen.integrations.{engine}")
+    assert not {name for name in modules if name.split(".")[0] in ("torch", "triton", "vllm", "sglang")}
 
 
 def test_importing_the_integrations_loads_no_library() -> None:

@@ -29,7 +29,7 @@ EXAMPLES = sorted(
     {path.stem for path in (ROOT / "examples").glob("*.py")} - {"convert_model"}
 )  # convert_model needs an extra
 SHORT = {"train_language_model": "--device cpu --steps 1 --layers 1 --width 32 --head-dim 16 --seqlen 32 --batch 1"}
-OPTIONAL_PACKAGES = {"fla", "parallax"}  # optional: imported if installed
+OPTIONAL_PACKAGES = {"fla", "parallax", "sglang", "vllm"}  # optional: imported if installed
 HELP_S = 0.5
 
 
@@ -227,7 +227,27 @@ HELP = "import sys; from parallax_gen.cli import main; main(['--help'], standalo
 def test_only_modules_for_an_extra_need_it(programs: Path, shell: Callable[[str], str]) -> None:
     where, lacking = json.loads(shell(f"python -c '{IMPORT_ALL}'"))
     assert Path(where).is_relative_to(programs.parent)
-    assert lacking == {"parallax_gen.integrations.transformers": "transformers"}
+    assert lacking == {
+        "parallax_gen.integrations.transformers": "transformers",
+        "parallax_gen.integrations.sglang.backend": "sglang",
+        "parallax_gen.integrations.sglang.layer": "sglang",
+        "parallax_gen.integrations.vllm.backend": "vllm",
+        "parallax_gen.integrations.vllm.layer": "vllm",
+    }
+
+
+# Calls each plug-in as its engine does, without the engine.
+PLUG_INS = """
+from importlib.metadata import entry_points
+for group in ("vllm.general_plugins", "sglang.srt.plugins"):
+    (plug_in,) = entry_points(group=group, name="parallax_gen")
+    print(group, plug_in.load()())
+"""
+
+
+def test_engines_find_their_plug_ins_which_do_nothing_without_them(light_programs: Path, tmp_path: Path) -> None:
+    printed = run(light_programs / "python", "-c", PLUG_INS, cwd=tmp_path)
+    assert printed == "vllm.general_plugins None\nsglang.srt.plugins None\n"
 
 
 LIGHT = """
