@@ -40,7 +40,7 @@ def export(
     \b
     Example
       parallax-gen export --gpu h200 --op decode --shape 32,32/8,8192 -o kernels
-      parallax-gen export --gpu h200 --op decode --shape 32,32/8,8192 --cubin -o kernels
+      parallax-gen export --op decode --shape 32,32/8,8192 --cubin -o kernels
       parallax-gen export --op training --shape 4,16,4096 -o kernels
       parallax-gen export --for serving --heads 32/8 --page-size 16 -o kernels
     """
