@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from parallax_gen.bench.baselines import BASELINES, OURS
 from parallax_gen.bench.parts import PARTS
-from parallax_gen.bench.rows import Row
+from parallax_gen.bench.rows import Conditions, Row
 from parallax_gen.describe import number, with_lengths
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -17,6 +17,7 @@ from parallax_gen.problem.work import rate_unit
 from parallax_gen.problem.workloads import TRAINING
 
 Key = TypeVar("Key", bound=Hashable)
+QUICK_NOTE = ", quick: not for publication"
 Ratios = Iterable[tuple[Row, "float | None"]]
 
 
@@ -136,6 +137,22 @@ def notes_of(rows: list[Row]) -> list[str]:
             label = name if len(noted_parts) == len(parts) else f"{name}, {' and '.join(noted_parts)}"
             noted.setdefault(note, []).append(label)
     return [f"{'; '.join(names)}: {note}" for note, names in noted.items()]
+
+
+def condition_lines(conditions: Conditions, rows: list[Row]) -> list[str]:
+    """The card, the versions, and how the times of rows were measured."""
+    packages = {row.baseline: row.package for row in rows if row.time_us and row.package and row.baseline != OURS}
+    effort = conditions.effort
+    rounds = "1 round" if effort.rounds == 1 else f"{effort.rounds} rounds"
+    timing = f"medians of CUDA graph replays, warm L2: {rounds} of {effort.timed_ms:.0f} ms"
+    sampled = "errors cover the first and the last sequence and kv head"
+    return [
+        conditions.card,
+        conditions.versions,
+        *(f"{name}: {package}" for name, package in packages.items()),
+        timing + QUICK_NOTE * effort.quick,
+        *[sampled] * (effort.oracle == "sample"),
+    ]
 
 
 def mean_lines(rows: list[Row]) -> list[str]:

@@ -15,7 +15,7 @@ from parallax_gen.bench.cases import CaseError, Lengths, cases_of, quick_cases
 from parallax_gen.bench.plots import draw, picture_error
 from parallax_gen.bench.results_csv import ResultsCsv
 from parallax_gen.bench.rows import FULL_EFFORT, GRID_EFFORT, QUICK_EFFORT, Conditions, Row, to_json
-from parallax_gen.bench.summary import mean_lines, notes_of, table_of, title
+from parallax_gen.bench.summary import condition_lines, mean_lines, notes_of, table_of, title
 from parallax_gen.cli.options import check_flags, flag_options, json_option, parse_head_dim, shape_option
 from parallax_gen.cli.text import console, print_json, print_table, print_text
 from parallax_gen.codegen import device
@@ -25,7 +25,6 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import DTYPES, KernelSpec
 from parallax_gen.problem.workloads import BENCH_GRIDS, DEFAULT_SHAPES, USUAL_HEAD_DIM, Flags, Sizes, kernels
 
-QUICK_NOTE = ", quick: not for publication"
 HOST_SHAPE = Shape(1, 8, 8, 1, 4096)  # little work on the device, so that the host's time dominates
 
 
@@ -202,7 +201,9 @@ def bench(
     else:
         for line in mean_lines(rows):
             print_text(line)
-        _print_conditions(conditions, rows)
+        for line in condition_lines(conditions, rows):
+            print_text(line)
+        click.echo(conditions.command)
 
 
 def _print_rows(rows: list[Row]) -> None:
@@ -218,23 +219,6 @@ def _print_rows(rows: list[Row]) -> None:
         for note in notes_of(rows):
             print_text(note)
     click.echo()
-
-
-def _print_conditions(conditions: Conditions, rows: list[Row]) -> None:
-    """Print the conditions under which the times above were measured."""
-    print_text(conditions.card)
-    print_text(conditions.versions)
-    packages = {row.baseline: row.package for row in rows if row.time_us and row.package and row.baseline != OURS}
-    for name, package in packages.items():
-        print_text(f"{name}: {package}")
-    effort = conditions.effort
-    rounds = "1 round" if effort.rounds == 1 else f"{effort.rounds} rounds"
-    print_text(
-        f"medians of CUDA graph replays, warm L2: {rounds} of {effort.timed_ms:.0f} ms" + QUICK_NOTE * effort.quick
-    )
-    if effort.oracle == "sample":
-        click.echo("errors cover the first and the last sequence and kv head")
-    click.echo(conditions.command)
 
 
 def _bench_host(spec: KernelSpec, shape: Shape, conditions: Conditions, as_json: bool) -> None:

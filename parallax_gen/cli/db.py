@@ -260,30 +260,20 @@ def prune(
     Example
       parallax-gen db prune --other-environments --older-than 90 --dry-run
     """
-    from parallax_gen.memory.descriptions import differences_from_here
+    from parallax_gen.memory.descriptions import rows_of_kinds
     from parallax_gen.memory.lines import write_lines
     from parallax_gen.memory.store import Store, default_path
 
-    any_kind = other_environments or failures or predicted
-    if not any_kind and older_than is None:
+    if older_than is None and not (other_environments or failures or predicted):
         raise click.UsageError("give one or more of --other-environments, --failures, --predicted, --older-than DAYS")
     now = datetime.now(timezone.utc)
-
-    def is_selected(row: Result) -> bool:
-        if older_than is not None and now - row.created <= timedelta(days=older_than):
-            return False
-        return (
-            not any_kind
-            or (other_environments and bool(differences_from_here(row)))
-            or (failures and row.outcome.failed)
-            or (predicted and not row.outcome.tried)
-        )
-
+    before = None if older_than is None else now - timedelta(days=older_than)
     if not default_path().exists():
         raise StoreError(f"{default_path()} is not yet created: there is nothing to delete")
     with Store(read_only=dry_run) as store:
         rows = store.all()
-        to_delete = [row for row in _selected(rows, gpu, op) if is_selected(row)]
+        kinds = {"other_environments": other_environments, "failures": failures, "predicted": predicted}
+        to_delete = rows_of_kinds(_selected(rows, gpu, op), before, **kinds)
         if not to_delete:
             print_text(f"{store.path}: none of its {_rows(len(rows))} is selected")
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import groupby
 from typing import Any
 
@@ -74,6 +75,26 @@ class Origins:
             "rate": rate(spec, shape_of(result), time_us) if time_us else None,
             "rate_unit": rate_unit(spec.op),
         }
+
+
+def rows_of_kinds(
+    rows: Iterable[Result], before: datetime | None, *, other_environments: bool, failures: bool, predicted: bool
+) -> list[Result]:
+    """The rows of any of the named kinds, or of every kind if none is named.
+
+    before              only rows that are older; None for all
+    other_environments  of another toolchain, or of another kernel than today's
+    """
+
+    def is_selected(row: Result) -> bool:
+        return (
+            not (other_environments or failures or predicted)
+            or (other_environments and bool(differences_from_here(row)))
+            or (failures and row.outcome.failed)
+            or (predicted and not row.outcome.tried)
+        )
+
+    return [row for row in rows if (before is None or row.created < before) and is_selected(row)]
 
 
 def shape_of(result: Result) -> Shape:
