@@ -86,7 +86,7 @@ def softcap_slope(s: Tensor, softcap: float | None) -> Tensor | float:
 #
 # Masked pairs have p = 0 and therefore δp = 0.
 
-Tangents = Sequence[Tensor | None]  # of q, r, k and v, each like its input; None for no change
+Tangents = Sequence["Tensor | None"]  # of q, r, k and v, each like its input; None for no change
 
 
 def reference_tangent(

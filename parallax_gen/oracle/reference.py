@@ -5,7 +5,6 @@ Independent of the kernels' methods: softmax over whole rows, materialised score
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -295,8 +294,7 @@ def sequences_of(
     ends_q, ends_k = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (cu_seqlens_q, cu_seqlens_k))
     if len(ends_q) != len(ends_k):
         raise ArgumentError("cu_seqlens_k", f"{len(ends_k)} numbers", f"{len(ends_q)}, as cu_seqlens_q has")
-    bounds = zip(itertools.pairwise(ends_q), itertools.pairwise(ends_k), strict=True)
-    return [(slice(*q_bounds), slice(*k_bounds)) for q_bounds, k_bounds in bounds]
+    return [(slice(*ends_q[b : b + 2]), slice(*ends_k[b : b + 2])) for b in range(len(ends_q) - 1)]
 
 
 def check_shapes(q: Tensor, r: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:

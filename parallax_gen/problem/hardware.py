@@ -243,7 +243,7 @@ def recognise(
     for argument, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ArgumentError(argument, repr(size), "an int of 1 or more")
-    if bandwidth is not None and not (isinstance(bandwidth, int | float) and bandwidth > 0):
+    if bandwidth is not None and not (isinstance(bandwidth, (int, float)) and bandwidth > 0):
         raise ArgumentError("bandwidth", repr(bandwidth), "bytes/s, more than 0")
     if re.search(r"\b(amd|radeon|instinct)\b", device_name.lower()):
         raise UnknownGpuError(f"{device_name} is not an NVIDIA GPU; kernels run only on these")

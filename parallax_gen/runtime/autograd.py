@@ -21,6 +21,7 @@ from parallax_gen.errors import ArgumentError
 from parallax_gen.oracle.partial import reference_tangent, reference_varlen_tangent
 from parallax_gen.problem.work import MATMULS, SCORES, visible_pairs
 from parallax_gen.runtime.attention import SavedForBackward, backward, forward, stats_shape
+from parallax_gen.runtime.operators import NAMESPACE, operator_name
 from parallax_gen.runtime.requests import (
     INPUTS,
     TENSORS,
@@ -118,7 +119,9 @@ def _fake(*request: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-_attention = torch.library.custom_op("parallax_gen::attention", _run, mutates_args=(), schema=f"({_REQUEST}) -> Tensor")
+_attention = torch.library.custom_op(
+    operator_name("attention"), _run, mutates_args=(), schema=f"({_REQUEST}) -> Tensor"
+)
 _attention.register_fake(_fake)
 
 
@@ -158,7 +161,7 @@ def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> t
 
 
 _attention_with_stats = torch.library.custom_op(
-    "parallax_gen::attention_with_stats",
+    operator_name("attention_with_stats"),
     _run_with_stats,
     mutates_args=(),
     schema=f"({_REQUEST}, bool recompute_v_mean) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -198,7 +201,7 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> NoReturn:
 
 
 _attention_backward = torch.library.custom_op(
-    "parallax_gen::attention_backward",
+    operator_name("attention_backward"),
     _run_backward,
     mutates_args=(),
     schema=f"({_REQUEST}, Tensor do, Tensor out, Tensor lse, Tensor t_mean, Tensor? v_mean, bool dqdr, bool dkdv, "
@@ -351,6 +354,6 @@ def _lengths(starts: Tensor, longest: int) -> list[int]:
     return lengths
 
 
-_OPS = torch.ops.parallax_gen
+_OPS = getattr(torch.ops, NAMESPACE)
 register_flop_formula([_OPS.attention, _OPS.attention_with_stats], get_raw=True)(forward_flops)
 register_flop_formula(_OPS.attention_backward, get_raw=True)(backward_flops)

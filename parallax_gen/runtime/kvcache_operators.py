@@ -10,7 +10,6 @@ Eager calls on plain tensors bypass them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from parallax_gen.problem.work import MATMULS, visible_pairs
 from parallax_gen.runtime.attention import stats_shape
 from parallax_gen.runtime.autograd import are_plain_tensors
 from parallax_gen.runtime.cache_checks import refuse_cache_tangents
+from parallax_gen.runtime.operators import NAMESPACE, operator_name
 from parallax_gen.runtime.requests import CacheRequest, cached_inputs_of
 from parallax_gen.runtime.transforms import dispatch_mode_is_active, fold_samples, is_wrapped, transforms_are_active
 
@@ -67,10 +67,10 @@ def define_operators(run: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, Any]:
         return run(*arguments, state=True)
 
     only_out = torch.library.custom_op(
-        "parallax_gen::attention_with_kvcache", run_only_out, mutates_args=(), schema=f"{_ARGUMENTS} -> Tensor"
+        operator_name("attention_with_kvcache"), run_only_out, mutates_args=(), schema=f"{_ARGUMENTS} -> Tensor"
     )
     with_state = torch.library.custom_op(
-        "parallax_gen::attention_with_kvcache_state",
+        operator_name("attention_with_kvcache_state"),
         run_with_state,
         mutates_args=(),
         schema=f"{_ARGUMENTS} -> (Tensor, Tensor, Tensor, Tensor)",
@@ -79,7 +79,8 @@ def define_operators(run: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, Any]:
     with_state.register_fake(_fake_with_state)
     for operator in (only_out, with_state):
         operator.register_vmap(_vmap_rule(operator))
-    packets = [torch.ops.parallax_gen.attention_with_kvcache, torch.ops.parallax_gen.attention_with_kvcache_state]
+    ours = getattr(torch.ops, NAMESPACE)
+    packets = [ours.attention_with_kvcache, ours.attention_with_kvcache_state]
     register_flop_formula(packets, get_raw=True)(flops)
     return only_out, with_state
 
@@ -177,7 +178,7 @@ def _lengths(request: CacheRequest) -> tuple[list[int], list[int]]:
         queries = [request.q.shape[1]] * request.q.shape[0]
     else:
         ends = _numbers_of(starts) or [(request.max_seqlen_q or 0) * b for b in range(len(starts))]
-        queries = [max(0, end - first) for first, end in pairwise(ends)]
+        queries = [max(0, ends[b + 1] - ends[b]) for b in range(len(ends) - 1)]
     table = request.page_table
     capacity = request.k_cache.shape[1] * (1 if table is None else table.shape[1])
     lengths = _numbers_of(request.cache_seqlens) or [capacity] * len(queries)
