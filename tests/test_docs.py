@@ -31,7 +31,7 @@ from parallax_gen.problem.hardware import GPUS
 TOP = Path(__file__).parents[1]
 PAGES = sorted([TOP / "README.md", TOP / "CONTRIBUTING.md", *(TOP / "docs").glob("*.md")])
 ON_A_GPU = os.environ.get("TRITON_INTERPRET") != "1"
-NEEDS = {"convert_and_finetune": "transformers"}  # pages
+NEEDS = {"convert_and_finetune": "transformers", "hub": "kernels"}  # pages
 
 NOT_RUN = (
     "it installs",

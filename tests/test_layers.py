@@ -1,7 +1,7 @@
 """Imports go one way, and each outside package has one user. Read from the source, so nothing is imported.
 
     problem <- ops <- codegen <- oracle, memory <- tuning, memory <- runtime <- distributed,
-    runtime <- integrations <- compat, tuning and runtime <- api, bench <- report, all <- cli
+    runtime <- hub, runtime <- integrations <- compat, tuning and runtime <- api, bench <- report, all <- cli
 
 A subpackage may import all those to its left; integrations import only problem, oracle and runtime.
 
@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "memory": BELOW | {"problem", "ops", "codegen"},
     "tuning": BELOW | {"problem", "ops", "describe", "tables", "codegen", "oracle", "memory"},
     "runtime": BELOW | {"problem", "ops", "describe", "codegen", "oracle", "memory"},
+    "hub": BELOW | {"problem", "ops", "codegen", "memory", "runtime"},
     "distributed": BELOW | {"problem", "ops", "codegen", "oracle", "memory", "runtime"},
     "integrations": BELOW | {"problem", "oracle", "runtime"},
     "compat": {"integrations"},
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "bench": BELOW | {"problem", "ops", "describe", "codegen", "oracle", "memory", "tuning", "runtime"},
     "report": BELOW | {"problem", "ops", "describe", "tables", "codegen", "memory", "tuning", "bench"},
     "cli": BELOW
-    | {"problem", "ops", "describe", "tables", "codegen", "memory", "tuning", "runtime", "bench", "report"},
+    | {"problem", "ops", "describe", "tables", "codegen", "memory", "tuning", "runtime", "hub", "bench", "report"},
 }
 # Outside packages, and the only files or subpackages that use them.
 ONLY_IN: dict[str, str | tuple[str, ...]] = {

@@ -19,7 +19,13 @@ from parallax_gen.problem.workloads import Sizes
 @shape_option(multiple=True, more_help="Repeatable. Default: the first of the op's usual shapes.")
 @click.option("--all", "every", is_flag=True, help="With --op, instead of --shape: every size with a measured record.")
 @click.option("--cubin", is_flag=True, help="Also compile for the card, and write what a C program needs to launch it.")
-@click.option("-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), required=True)
+@click.option("-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), help="One file a kernel.")
+@click.option(
+    "--hub",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A package of the Hugging Face kernels hub, with kernels for all sizes. --gpu takes several: h100,h200.",
+)
+@click.option("--repo-id", metavar="OWNER/NAME", help="With --hub: its place in the hub.")
 @json_option
 def export(
     gpu: str | None,
@@ -28,7 +34,9 @@ def export(
     shapes: tuple[Sizes, ...],
     every: bool,
     cubin: bool,
-    folder: Path,
+    folder: Path | None,
+    hub: Path | None,
+    repo_id: str | None,
     as_json: bool,
 ) -> None:
     """Write kernels as files that need only torch and triton.
@@ -37,21 +45,38 @@ def export(
     them. They are the kernels that calls get: see parallax-gen explain. If no record can be used, the file has the
     default config.
 
+    With --hub writes a package for kernels.get_kernel: its functions launch these kernels at all sizes.
+
     \b
     Example
       parallax-gen export --gpu h200 --op decode --shape 32,32/8,8192 -o kernels
       parallax-gen export --op decode --shape 32,32/8,8192 --cubin -o kernels
       parallax-gen export --op training --shape 4,16,4096 -o kernels
       parallax-gen export --for serving --heads 32/8 --page-size 16 -o kernels
+      parallax-gen export --gpu h100,h200 --model Qwen3-0.6B --hub attention
     """
+    from parallax_gen.hub.folder import write_package
     from parallax_gen.memory.descriptions import open_memory
     from parallax_gen.memory.lock import lock_of_environment
     from parallax_gen.runtime.export import kernels_at, known_places, write_kernels
 
     if every and (shapes or not requested.op):
         raise click.UsageError("--all needs --op, and no --shape")
+    if (folder is None) == (hub is None) or (repo_id and hub is None) or (hub and (every or cubin)):
+        raise click.UsageError("give either -o, or --hub, with which --repo-id is allowed, but not --all or --cubin")
     kernels = asked(model, requested, shapes, usual=True)
-    card, memory = gpu_or_stand_in(gpu, lambda: device.gpu_here(0)), open_memory()
+    names = gpu.split(",") if gpu and hub else [gpu]
+    cards, memory = [gpu_or_stand_in(name, lambda: device.gpu_here(0)) for name in names], open_memory()
+    if hub is not None:
+        package = write_package(hub, [(call.spec, call.shape) for call in kernels.calls], cards, memory, repo_id)
+        if as_json:
+            print_json(package.to_json())
+            return
+        for line in package.lines:
+            print_text(line, indent="    ")
+        return
+    assert folder is not None
+    card = cards[0]
     known = known_places(memory, card, requested.matches) if every else []
     places = [(place.spec, place) for place in known]
     kernels_here = kernels_at(places or kernels.kernels(card), card, memory, lock_of_environment())

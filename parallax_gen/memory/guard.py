@@ -78,13 +78,17 @@ def checked_choice(
     return CheckedChoice(Candidate(Tier.DEFAULT, default_of(place, gpu), None), True, tuple(refused))
 
 
-def launch_candidates(place: Place, gpu: Gpu, memory: RecordSource) -> Iterator[Candidate]:
+def launch_candidates(
+    place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None = None
+) -> Iterator[Candidate]:
     """The candidates that a call at a place considers, best first: at most MAX_CHECKED borrowed kernels, each once.
+
+    here  as in `ranked`
 
     Ends with the first candidate that is not borrowed. Renders lazily.
     """
     configs: list[KernelConfig] = []
-    for candidate in ranked(place, gpu, memory):
+    for candidate in ranked(place, gpu, memory, here):
         if candidate.config in configs:
             continue  # another record of the same kernel
         yield candidate

@@ -27,12 +27,14 @@ from cli_samples import (
 
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
+from parallax_gen.hub import records as hub_records
 from parallax_gen.memory.guard import cache_resources
 from parallax_gen.memory.shipped import write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.ops.base import config_to_json
 from parallax_gen.ops.space import default_config
+from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket, Shape
 
 EXPORT = ("export", "--gpu", "h200", "--op", "decode", "-o")
@@ -236,6 +238,39 @@ def test_export_does_not_overwrite_a_foreign_readme(tmp_path: Path) -> None:
     assert "is not from an export" in result.stderr
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# Mine\n"
     assert not list(tmp_path.glob("*.py"))
+
+
+def test_a_package_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    for name, most in (("MOST_KV_ROWS", 16), ("LONGEST", 256)):
+        monkeypatch.setattr(hub_records, name, most)
+    store.save(make_record(200.0, splits=3, place=dataclasses.replace(PLACE, bucket=Bucket(8, 1, 256))))
+    call = ("export", "--gpu", "h100,h200", "--op", "decode", "--shape", "1,32/8,256", "--hub", tmp_path / "hub")
+    result = run(*call, "--repo-id", "me/attention")
+    assert result.exit_code == 0, result.output
+    build = tmp_path / "hub" / "build" / "torch-cuda"
+    assert f"kernels of\n    {SPEC}\n{build}: " in result.stdout
+    assert sorted(path.name for path in (build / "configs").iterdir()) == ["h100.json", "h200.json", "kernels.json"]
+    texts = [path.read_text(encoding="utf-8") for path in (build / "rendered").iterdir()]
+    assert render(SPEC, config(3), gpu_by_name("h100")).text in texts  # a sibling's record, which came first
+    data = json.loads(run(*call, "--json").stdout)
+    assert (data["build"], data["specs"], data["kernels"]) == (str(build), [SPEC.to_dict()], len(texts) - 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either -o, or --hub"),
+        (("-o", "a", "--hub", "b"), "give either -o, or --hub"),
+        (("-o", "a", "--repo-id", "me/attention"), "give either -o, or --hub"),
+        (("--hub", "b", "--all"), "give either -o, or --hub"),
+        (("--hub", "b", "--cubin"), "but not --all or --cubin"),
+        (("--hub", "b", "--repo-id", "attention"), "repo_id: got 'attention'"),
+    ],
+)
+def test_export_to_a_folder_or_a_package(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run("export", "--gpu", "h200", "--op", "decode", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_export_needs_no_torch_and_its_files_import(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Kernel packages of the Hugging Face hub: what `parallax-gen export --hub` writes."""
