@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from parallax_gen.codegen import device
 from parallax_gen.errors import BuildError, StoreError
-from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.problem.hardware import GPUS, gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
@@ -52,7 +52,9 @@ def _device() -> Iterator[tuple[str, str]]:
     if card is None:
         yield "note", "no CUDA device: kernels can be rendered, compiled and ranked, but not run or measured"
     else:
-        known = "not in the table of GPUs: its peak rates are estimated" if card.estimated else "in the table of GPUs"
+        known = (
+            "in the table of GPUs" if card.name in GPUS else "not in the table of GPUs: its peak rates are estimated"
+        )
         yield "ok", f"{card.title}, recognised as {card.name} ({known})"
 
 

@@ -144,9 +144,10 @@ def test_a_siblings_record_of_this_toolchain_comes_first() -> None:
     one, two = other_config(), other_config(GROUP_HEADS=4)
     result = choices(record(1.0, one, ON_SIBLING, day=9, **OLD), record(2.0, two, ON_SIBLING))
     assert [c for _, c in result] == [two, one, DEFAULT]
-    assert siblings(GPU) == ["h100", "h100-pcie"]
+    assert siblings(GPU) == ["h100", "h100-pcie", "h100-nvl", "h800", "h20", "gh200", "gh200-144gb"]
     assert "h200" in siblings(GPUS["h100"])
     assert not {"h100", "h200"} & set(siblings(GPUS["a100"]))
+    assert (siblings(GPUS["b200"]), siblings(GPUS["b300"]), siblings(GPUS["l4"])) == (["gb200"], [], ["l40s", "rtx4090"])
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,22 @@ REPORTED = {
     "a100-40gb": ("NVIDIA A100-SXM4-40GB", (8, 0), 108, 42298834944, 163 * KIB),
     "h100": ("NVIDIA H100 80GB HBM3", (9, 0), 132, 81090 * MIB, 227 * KIB),
     "h100-pcie": ("NVIDIA H100 PCIe", (9, 0), 114, 81008 * MIB, 227 * KIB),
+    "h100-nvl": ("NVIDIA H100 NVL", (9, 0), 132, 95830 * MIB, 227 * KIB),
+    "h800": ("NVIDIA H800", (9, 0), 132, 81079 * MIB, 227 * KIB),
+    "h20": ("NVIDIA H20", (9, 0), 78, 97871 * MIB, 227 * KIB),
     "h200": ("NVIDIA H200", (9, 0), 132, 143156 * MIB, 227 * KIB),
+    "gh200": ("NVIDIA GH200 480GB", (9, 0), 132, 97871 * MIB, 227 * KIB),
+    "gh200-144gb": ("NVIDIA GH200 144G HBM3e", (9, 0), 132, 146831 * MIB, 227 * KIB),
     "b200": ("NVIDIA B200", (10, 0), 148, 182642 * MIB, 227 * KIB),
+    "gb200": ("NVIDIA GB200", (10, 0), 152, 189471 * MIB, 227 * KIB),
+    "b300": ("NVIDIA B300 SXM6 AC", (10, 3), 148, 275040 * MIB, 227 * KIB),
+    "l4": ("NVIDIA L4", (8, 9), 58, 22574 * MIB, 99 * KIB),
+    "a10": ("NVIDIA A10", (8, 6), 72, 22731 * MIB, 99 * KIB),
+    "a6000": ("NVIDIA RTX A6000", (8, 6), 84, 48685 * MIB, 99 * KIB),
+    "rtxpro6000": ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", (12, 0), 188, 97249 * MIB, 99 * KIB),
+    "rtxpro6000-maxq": ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", (12, 0), 188, 97249 * MIB, 99 * KIB),
+    "rtxpro6000-server": ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188, 97249 * MIB, 99 * KIB),
+    "gb10": ("NVIDIA GB10", (12, 1), 48, 122502 * MIB, 99 * KIB),
     "l40s": ("NVIDIA L40S", (8, 9), 142, 47576711168, 99 * KIB),
     "rtx4090": ("NVIDIA GeForce RTX 4090", (8, 9), 128, 24563 * MIB, 99 * KIB),
     "rtx3090": ("NVIDIA GeForce RTX 3090", (8, 6), 82, 25414860800, 99 * KIB),
@@ -54,6 +68,19 @@ def test_every_card_is_found_by_name_and_title(name: str) -> None:
         ("RTX 4090", "rtx4090"),
         ("GeForce_RTX_4090", "rtx4090"),
         ("HGX B200", "b200"),
+        ("GH200", "gh200"),
+        ("GH200 144GB", "gh200-144gb"),
+        ("H100 NVL 94GB", "h100-nvl"),
+        ("H800 SXM5", "h800"),
+        ("H20", "h20"),
+        ("B300 SXM6", "b300"),
+        ("GB200 NVL72", "gb200"),
+        ("DGX Spark", "gb10"),
+        ("RTX A6000", "a6000"),
+        ("A10", "a10"),
+        ("Tesla L4", "l4"),
+        ("RTX PRO 6000", "rtxpro6000"),
+        ("PRO 6000 Max-Q", "rtxpro6000-maxq"),
     ],
 )
 def test_marketing_names(spelling: str, name: str) -> None:
@@ -88,15 +115,19 @@ def test_limits_that_kernels_depend_on() -> None:
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_rates_are_plausible(gpu: Gpu) -> None:
     """Catches wrong units or columns: the FLOPs per SM and clock of each tensor core generation are known."""
-    per_clock = {(8, 0): 2048, (8, 6): 512, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}[gpu.capability]
-    if gpu.name == "rtx4090":
-        per_clock = 512  # a GeForce card has half the rate, as the other two
+    per_clock = {8: 1024, 9: 4096, 10: 8192, 12: 1024}[gpu.capability[0]]
+    if gpu.capability == (8, 0):
+        per_clock = 2048
+    if gpu.name.startswith("rtx") and "pro" not in gpu.name:
+        per_clock = 512  # a GeForce card has half the rate
+    if gpu.name == "h20":
+        per_clock = 1024  # sold with a quarter of the rate
     assert 1.2e9 < gpu.tensor_flops / gpu.sms / per_clock < 2.7e9
     assert 1.3e9 < gpu.fp32_flops / gpu.sms / (128 if gpu.arch == 80 else 256) < 2.7e9
     assert gpu.tf32_flops == pytest.approx(gpu.tensor_flops / 2, rel=0.02)
-    assert 0.5e12 < gpu.bandwidth < 10e12
+    assert (0.5e12 if gpu.name not in ("l4", "gb10") else 0.25e12) < gpu.bandwidth < 10e12
     assert gpu.max_warps_per_sm in (48, 64)
-    assert not gpu.estimated
+    assert gpu.estimated == (gpu.name == "gb10")  # of which no rate of bf16 is published
     assert hash(gpu) == hash(dataclasses.replace(gpu))
 
 
@@ -130,24 +161,21 @@ def test_a_similar_card_gets_its_own_name(device_name: str, capability: tuple[in
 
 # torch.cuda.get_device_name of cards that share a chip, or most of their name, with one in the table.
 SIMILAR_CARDS = [
-    ("NVIDIA H100 NVL", (9, 0), 132, 95830 * MIB),
-    ("NVIDIA H800", (9, 0), 132, 81079 * MIB),
-    ("NVIDIA H20", (9, 0), 78, 97871 * MIB),
-    ("NVIDIA GH200 480GB", (9, 0), 132, 97871 * MIB),
-    ("NVIDIA GH200 144G HBM3e", (9, 0), 132, 146831 * MIB),
     ("NVIDIA H200 NVL", (9, 0), 132, 143771 * MIB),
     ("NVIDIA A100-SXM-64GB", (8, 0), 124, 65247 * MIB),
     ("NVIDIA A800-SXM4-80GB", (8, 0), 108, 81251 * MIB),
     ("NVIDIA A30", (8, 0), 56, 24169 * MIB),
     ("NVIDIA A10G", (8, 6), 80, 22731 * MIB),
-    ("NVIDIA L4", (8, 9), 58, 22574 * MIB),
+    ("NVIDIA H20-3e", (9, 0), 78, 143771 * MIB),
+    ("NVIDIA H800 PCIe", (9, 0), 114, 81079 * MIB),
+    ("NVIDIA L40", (8, 9), 142, 45 * GIB),
+    ("NVIDIA RTX A5000", (8, 6), 64, 24110 * MIB),
+    ("NVIDIA GB300", (10, 3), 152, 283 * GIB),
+    ("NVIDIA RTX PRO 5000 Blackwell", (12, 0), 110, 48506 * MIB),
     ("NVIDIA RTX 6000 Ada Generation", (8, 9), 142, 48647 * MIB),
     ("NVIDIA GeForce RTX 4090 D", (8, 9), 114, 24203 * MIB),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 76, 15952 * MIB),
     ("NVIDIA GeForce RTX 3090 Ti", (8, 6), 84, 24251 * MIB),
-    ("NVIDIA GB200", (10, 0), 152, 189471 * MIB),
-    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188, 97249 * MIB),
-    ("NVIDIA GB10", (12, 1), 48, 122502 * MIB),
     # MIG slices, even the slice that is the whole card, have it in their name.
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", (9, 0), 16, 9984 * MIB),
     ("NVIDIA H100 80GB HBM3 MIG 1g.20gb", (9, 0), 16, 20096 * MIB),
@@ -189,10 +217,28 @@ def test_name_and_device_properties_decide_together(device_name: str, like: str,
 
 
 def test_an_unknown_card_has_the_limits_of_its_architecture() -> None:
-    gpu = recognise("NVIDIA RTX A6000", (8, 6), 84, 47 * GIB)
-    assert gpu.name == "nvidia-rtx-a6000-84sm"
+    gpu = recognise("NVIDIA RTX A5000", (8, 6), 64, 23 * GIB)
+    assert gpu.name == "nvidia-rtx-a5000-64sm"
     assert (gpu.max_warps_per_sm, gpu.max_blocks_per_sm, gpu.shared_per_block) == (48, 16, 99 * KIB)
-    assert recognise("NVIDIA B300 SXM6 AC", (10, 3), 148, 268 * GIB).shared_per_block == 227 * KIB
+    assert recognise("NVIDIA GB300", (10, 3), 152, 283 * GIB).shared_per_block == 227 * KIB
+
+
+@pytest.mark.parametrize(
+    ("device_name", "capability", "like"),
+    [
+        ("NVIDIA L40", (8, 9), "l40s"),  # not the L4, whose name it begins with
+        ("NVIDIA H20-3e", (9, 0), "h20"),
+        ("NVIDIA A10G", (8, 6), "a10"),
+        ("NVIDIA GB300", (10, 3), "b300"),
+        ("NVIDIA Thor", (11, 0), "b300"),
+        ("NVIDIA GB20", (12, 1), "rtx5090"),  # the only card of its capability is estimated
+    ],
+)
+def test_an_unknown_card_has_the_rates_of_a_similar_one(
+    device_name: str, capability: tuple[int, int], like: str
+) -> None:
+    gpu = recognise(device_name, capability, GPUS[like].sms, GIB)
+    assert (gpu.bandwidth, gpu.tensor_flops) == pytest.approx((GPUS[like].bandwidth, GPUS[like].tensor_flops))
 
 
 def test_an_unknown_architecture_has_the_lowest_of_all_limits() -> None:
