@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, Knob, register
+from parallax_gen.ops.default_tiles import Tile, Tiles
 from parallax_gen.ops.gradients import MASK, QR_TILE, GradientConfig, GradientOp
 from parallax_gen.ops.tile_form import GradientForm, tile_fields
-from parallax_gen.ops.tiles import TILE_KNOBS, Tile, Tiles, row_bytes
+from parallax_gen.ops.tiles import TILE_KNOBS, row_bytes
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -47,6 +48,14 @@ class DkDvOp(GradientOp[DkDvConfig]):
         wide=((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 2)),
         split=((32, 128, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2)),
         fp32=((32, 32, 8, 2), (16, 16, 4, 2)),
+    )
+    tiles_of_synchronous_matmuls = replace(
+        tiles,
+        usual=((32, 64, 4, 3), (16, 64, 4, 3), (32, 32, 4, 2)),
+        narrow=(),
+        wide=((64, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
+        split=((32, 64, 8, 2), (32, 32, 4, 2)),
+        chunked=((16, 64, 4, 3),),
     )
 
     def described(self, config: DkDvConfig) -> tuple[tuple[str, ...], ...]:

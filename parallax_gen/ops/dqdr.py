@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, register
+from parallax_gen.ops.default_tiles import Tile, Tiles
 from parallax_gen.ops.gradients import MASK, QR_TILE, GradientConfig, GradientOp
 from parallax_gen.ops.tile_form import GradientForm, tile_fields
-from parallax_gen.ops.tiles import TILE_KNOBS, Tile, Tiles
+from parallax_gen.ops.tiles import TILE_KNOBS
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.spec import KernelSpec
 
@@ -38,6 +39,9 @@ class DqDrOp(GradientOp[DqDrConfig]):
         wide=((32, 32, 4, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
         split=((64, 32, 4, 3), (128, 32, 8, 1), (64, 32, 4, 2), (64, 64, 8, 2)),
         fp32=((32, 32, 8, 2), (16, 16, 4, 2)),
+    )
+    tiles_of_synchronous_matmuls = replace(
+        tiles, usual=((64, 32, 4, 3), (32, 32, 4, 2), (64, 32, 4, 2)), narrow=(), wide=((32, 32, 4, 2), (32, 64, 8, 2))
     )
 
     def owned_rows(self, spec: KernelSpec, config: DqDrConfig, gpu: Gpu) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from parallax_gen.ops.base import CostHints, Knob, Value, register
+from parallax_gen.ops.default_tiles import Tile, Tiles
 from parallax_gen.ops.forward_form import ForwardForm
 from parallax_gen.ops.head_dim import Chunk, chunks_of, this_half_of
 from parallax_gen.ops.signature import Argument, Signature, head_strides
 from parallax_gen.ops.tile_form import tile_fields
-from parallax_gen.ops.tiles import TILE_KNOBS, Tile, TileConfig, TiledOp, Tiles, programs_per_tile, row_bytes
-from parallax_gen.problem.hardware import Gpu
+from parallax_gen.ops.tiles import TILE_KNOBS, TileConfig, TiledOp, programs_per_tile, row_bytes
+from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
@@ -45,6 +46,13 @@ class ForwardOp(TiledOp[ForwardConfig]):
         split=((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)),
         fp32=((64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
     )
+    tiles_of_synchronous_matmuls = replace(
+        tiles,
+        usual=((64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 2)),
+        narrow=(),
+        wide=((64, 32, 8, 3), (64, 32, 8, 2)),
+        split=((64, 32, 8, 2), (32, 32, 4, 2)),
+    )
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         return knob.values[:1] if knob.name == "SOFTMAX" and spec.dtype == "fp16" else super().usable(spec, knob)
@@ -64,6 +72,23 @@ class ForwardOp(TiledOp[ForwardConfig]):
         """A block of k, and the part of v that the program accumulates."""
         k_row = row_bytes(spec, config)
         return config.BLOCK_N * (k_row + k_row // programs_per_tile(config))
+
+    def shared_bytes(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> int:
+        return super().shared_bytes(spec, config, gpu) + self._split_in_flight(spec, config, gpu)
+
+    def extra_shared_bytes(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> int:
+        exchanged = self._exchanged(config, gpu)
+        return super().extra_shared_bytes(spec, config, gpu) + exchanged - self._split_in_flight(spec, config, gpu)
+
+    def _split_in_flight(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> int:
+        """What every kernel with a split head_dim takes on Blackwell, from compiling: a block more is in flight."""
+        if gpu.capability[0] != 10 or config.HEAD_DIM_LAYOUT != "split" or config.num_stages == 1:
+            return 0
+        return self.block_bytes(spec, config) + self._exchanged(config, gpu)
+
+    def _exchanged(self, config: ForwardConfig, gpu: Gpu) -> int:
+        """What the 8 warps of a tile of 128 rows exchange of its rows on Blackwell, from compiling."""
+        return 4 * KIB if gpu.capability[0] == 10 and config.BLOCK_M == 128 else 0
 
     def score_and_output_chunks(self, head_dim: int, head_dim_layout: str) -> tuple[list[Chunk], list[Chunk]]:
         if head_dim_layout != "split":

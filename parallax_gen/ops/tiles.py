@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
 from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Knob, Op, OpKind, Value
+from parallax_gen.ops.default_tiles import SMALLEST_TILES, Tile, Tiles
 from parallax_gen.ops.descriptors import (
     LOADS,
     Descriptor,
@@ -67,35 +68,13 @@ TILE_KNOBS = (
 # Tensors whose rows are query rows, and tensors whose rows are keys.
 QUERY_ROW_TENSORS, KEY_TENSORS = ("q", "r", "do", "out", "dq", "dr"), ("k", "v", "dk", "dv")
 
-Tile = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Default tiles as (BLOCK_M, BLOCK_N, num_warps, num_stages), in order of speed on an H200 in bf16.
-
-    usual   at head_dim 96 and 128
-    narrow  at head_dim 64
-    wide    at head_dim 256, where the accumulators leave few registers
-    split   at head_dim 256 with HEAD_DIM_LAYOUT "split", which is faster
-    fp32    for fp32, where registers limit the tiles, because there are no tensor cores
-    """
-
-    usual: tuple[Tile, ...]
-    narrow: tuple[Tile, ...]
-    wide: tuple[Tile, ...]
-    split: tuple[Tile, ...]
-    fp32: tuple[Tile, ...]
-
-
-# For a head_dim so wide, or a card so small, that no other tile fits.
-SMALLEST_TILES = ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
-
 
 class TiledOp(Op[T]):
     """The base of the tiled ops.
 
     tiles       the tiles of its default configs
+    tiles_of_synchronous_matmuls  the same for GPUs without asynchronous matmuls: all but Hopper, B200 and B300. There
+                operands are in registers, too, so larger tiles spill, from compiling, up to 6 KB a thread
     owns_keys   whether a program owns keys and streams query rows, not the reverse
     pads_wide   whether by default every head_dim over 128 that is no power of two is padded
     fp32_shift  log2 of the fp32 tile size that a warp's registers hold: see `why_invalid`
@@ -104,6 +83,7 @@ class TiledOp(Op[T]):
 
     kind = OpKind.TILES
     tiles: ClassVar[Tiles]
+    tiles_of_synchronous_matmuls: ClassVar[Tiles]
     owns_keys: ClassVar[bool] = False
     pads_wide: ClassVar[bool] = False
     fp32_shift: ClassVar[int] = 19
@@ -194,11 +174,12 @@ class TiledOp(Op[T]):
 
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[T]:
         group_heads = self.floor_of("GROUP_HEADS", self.heads_in_l2(spec, shape, gpu))
-        tiles: Sequence[Tile] = self.tiles.fp32 if spec.dtype == "fp32" else self.tiles.usual
+        of = self.tiles if gpu.capability[0] in (9, 10) else self.tiles_of_synchronous_matmuls
+        tiles: Sequence[Tile] = of.fp32 if spec.dtype == "fp32" else of.usual
         if spec.head_dim <= 64 and spec.dtype != "fp32":
-            tiles = (*self.tiles.narrow, *tiles)
+            tiles = (*of.narrow, *tiles)
         elif spec.head_dim > 128 and spec.dtype != "fp32":
-            tiles = (*self.tiles.wide, *tiles)
+            tiles = (*of.wide, *tiles)
         blocks = shape.batch * shape.heads * (shape.seqlen_q // 128 + 1)
         if blocks < gpu.sms:  # too few large tiles to fill the card
             tiles = tiles[1:]
@@ -207,7 +188,9 @@ class TiledOp(Op[T]):
         # have to be small.
         pads = spec.head_dim > 128 and "padded" in layouts and (self.pads_wide or spec.head_dim % 64 > 0)
         layout = "padded" if pads else layouts[0]
-        split_tiles = self.tiles.split if "split" in layouts and spec.bytes_per_element == 2 else ()
+        split_tiles = of.split if "split" in layouts and spec.bytes_per_element == 2 else ()
+        if layout == "chunked" and spec.head_dim <= 128 and spec.dtype != "fp32":
+            tiles = (*of.chunked, *tiles)
         if gpu.capability[0] == 9 and why_no_descriptors(spec, gpu) is None:
             tiles = (*self.tiles_by_descriptors(spec, layout), *tiles)
         configs = [
