@@ -3,7 +3,8 @@ docs/figures/, release.md from the shipped records, too.
 
     python docs/generate.py [FOLDER]
 
-They go to FOLDER, by default docs/.
+They go to FOLDER, by default docs/. README.md, whose table of cards is written from the table of GPUs and the shipped
+records, goes to FOLDER too, by default to where it is.
 
 docs/figures/page.md is the text of figures.md. A line {{NAME}} in it becomes the table of NAME.csv. The columns `card`,
 `torch`, `Triton` and `date` of a CSV are the same in every row and become the line above the table; `note` becomes
@@ -25,8 +26,11 @@ import click
 from parallax_gen.cli import main
 from parallax_gen.codegen.render import text_hash_of
 from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import siblings
 from parallax_gen.memory.shipped import load_shipped, shipped_gpus
-from parallax_gen.problem.hardware import gpu_by_name
+from parallax_gen.memory.toolchain import NEWEST_TESTED, minor
+from parallax_gen.problem.cards import FIRST_TRITON
+from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.report.published import CHANGED
 
 DOCS = Path(__file__).parent
@@ -195,9 +199,74 @@ def text(x: int, y: int, content: str, weight: str = "normal", anchor: str = "st
     return f'<text x="{x}" y="{y}" font-weight="{weight}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
-PAGES = {"cli.md": cli_page, "figures.md": figures_page, "release.md": release_page, "speedup.svg": chart}
+# -- README.md
+
+TABLE_OF_CARDS = re.compile(r"^\| card \|.*\n(\|.*\n)+", flags=re.MULTILINE)
+OLDEST_TRITON = (3, 5)  # pyproject.toml
+TRITONS = [f"{OLDEST_TRITON[0]}.{minor}" for minor in range(OLDEST_TRITON[1], NEWEST_TESTED[1] + 1)]
+
+
+def readme() -> str:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    return TABLE_OF_CARDS.sub(lambda _: cards_table(), text)
+
+
+def cards_table() -> str:
+    """What calls get on each card, by Triton. Cards of a capability with equal cells share a row."""
+    shipped = {name: current_places(name) for name in shipped_gpus()}
+    columns = sorted({triton for counts in shipped.values() for triton in counts})
+    others = [triton for triton in TRITONS if triton not in columns]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for gpu in sorted(GPUS.values(), key=lambda gpu: (not borrows(gpu, shipped), not shipped.get(gpu.name), gpu.arch)):
+        cells = [status(gpu, triton, shipped) for triton in columns]
+        missing = ", ".join(triton for triton in others if not compiles(gpu, triton))
+        cells.append(status(gpu, "", shipped) + (f", but not by {missing}" if missing else ""))
+        own_row = gpu.name if gpu.name in shipped else ""
+        groups.setdefault((own_row, ".".join(map(str, gpu.capability)), *cells), []).append(gpu.title)
+    lines = [["card", "capability", *(f"Triton {triton}" for triton in columns), f"Triton {', '.join(others)}"]]
+    lines += [["---"] * len(lines[0])]
+    lines += [[", ".join(map(short, titles)), *cells] for (_, *cells), titles in groups.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def current_places(name: str) -> dict[str, int]:
+    """For each Triton, the number of kernels and sizes for which a card has shipped records of today's kernels."""
+    places: dict[str, set[object]] = {}
+    for record in load_shipped(name):
+        if text_hash_of(record.place.spec, record.config, GPUS[name]) == record.evidence.text:
+            places.setdefault(minor(record.evidence.triton), set()).add(record.place)
+    return {triton: len(of) for triton, of in places.items()}
+
+
+def status(gpu: Gpu, triton: str, shipped: dict[str, dict[str, int]]) -> str:
+    if count := shipped.get(gpu.name, {}).get(triton):
+        return f"measured: {count}"
+    return "borrowed" if borrows(gpu, shipped) else "compiled"
+
+
+def borrows(gpu: Gpu, shipped: dict[str, dict[str, int]]) -> bool:
+    return any(shipped.get(name) for name in (gpu.name, *siblings(gpu)))
+
+
+def compiles(gpu: Gpu, triton: str) -> bool:
+    first = FIRST_TRITON.get(gpu.capability, OLDEST_TRITON)
+    return tuple(map(int, triton.split("."))) >= first
+
+
+def short(title: str) -> str:
+    return title.removeprefix("NVIDIA ").removeprefix("GeForce ")
+
+
+PAGES = {
+    "README.md": readme,
+    "cli.md": cli_page,
+    "figures.md": figures_page,
+    "release.md": release_page,
+    "speedup.svg": chart,
+}
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS
     for page, make in PAGES.items():
-        (folder / page).write_text(make(), encoding="utf-8")
+        to = DOCS.parent if page == "README.md" and folder == DOCS else folder
+        (to / page).write_text(make(), encoding="utf-8")

@@ -304,9 +304,10 @@ def test_generated_pages_are_up_to_date(tmp_path: Path) -> None:
     command = [sys.executable, TOP / "docs" / "generate.py", tmp_path]
     subprocess.run(command, env=os.environ | {"PYTHONPATH": str(TOP)}, check=True, timeout=60)
     pages = list(tmp_path.iterdir())
-    assert {page.name for page in pages} == {"cli.md", "figures.md", "release.md", "speedup.svg"}
+    assert {page.name for page in pages} == {"README.md", "cli.md", "figures.md", "release.md", "speedup.svg"}
     for page in pages:
-        written = (TOP / "docs" / page.name).read_text(encoding="utf-8")
+        folder = TOP if page.name == "README.md" else TOP / "docs"
+        written = (folder / page.name).read_text(encoding="utf-8")
         assert written.split() == page.read_text(encoding="utf-8").split(), "run python docs/generate.py"
 
 
@@ -336,6 +337,20 @@ def test_the_readme_counts_the_shipped_records() -> None:
                 places.setdefault(f"Triton {version}", set()).add(record.place)
         counts = {version: f"measured: {len(of)}" for version, of in places.items()}
         assert {v: cell for v, cell in zip(versions, row[1:], strict=True) if cell.startswith("measured")} == counts
+
+
+def test_the_readme_has_every_card_once() -> None:
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    table = "| card |" + text.partition("\n| card |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    named = {f"NVIDIA {card}": row for row in rows for card in row[0].split(", ")}
+    assert sum(len(row[0].split(", ")) for row in rows) == len(named) == len(GPUS)
+    for gpu in GPUS.values():
+        _, capability, *statuses = named[gpu.title.replace("GeForce ", "")]
+        assert capability == ".".join(map(str, gpu.capability))
+        words = {status.split(":")[0].split(",")[0] for status in statuses}
+        assert words <= ({"measured", "borrowed"} if capability == "9.0" else {"compiled"})
+        assert ("not by 3.5" in statuses[-1]) == (gpu.name in ("b300", "gb10"))
 
 
 def cells(text: str, first: str) -> list[str]:

@@ -11,6 +11,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from parallax_gen.problem.cards import FIRST_TRITON
+
 # Triton's PTX assemblers, in the order of `cuda_version`. Triton 3.5 has only the first one.
 ASSEMBLERS = ("ptxas", "ptxas-blackwell")
 
@@ -72,6 +74,16 @@ def newer_than_tested() -> str:
         f"Triton {version} is newer than {newest}, the newest that this parallax_gen was tested with: kernels may fail "
         "to compile, or take longer. If so, install an older Triton or a newer parallax_gen."
     )
+
+
+def too_old_for(capability: tuple[int, int]) -> str:
+    """That the installed Triton cannot compile for a compute capability, in a sentence; "" if it can."""
+    version, first = triton_version(), FIRST_TRITON.get(capability)
+    numbers = re.match(r"(\d+)\.(\d+)", version)  # None for a build that is named otherwise, such as "main"
+    if first is None or numbers is None or (int(numbers[1]), int(numbers[2])) >= first:
+        return ""
+    needed, (major, minor) = ".".join(map(str, first)), capability
+    return f"Triton {version} compiles no kernels for compute capability {major}.{minor}: install {needed} or newer"
 
 
 @cache

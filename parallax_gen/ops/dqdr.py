@@ -41,7 +41,7 @@ class DqDrOp(GradientOp[DqDrConfig]):
         fp32=((32, 32, 8, 2), (16, 16, 4, 2)),
     )
     tiles_of_synchronous_matmuls = replace(
-        tiles, usual=((64, 32, 4, 3), (32, 32, 4, 2), (64, 32, 4, 2)), narrow=(), wide=((32, 32, 4, 2), (32, 64, 8, 2))
+        tiles, usual=((64, 32, 4, 3), (32, 32, 4, 2), (64, 32, 4, 2)), narrow=(), wide=((32, 32, 4, 2), (32, 32, 4, 1))
     )
 
     def owned_rows(self, spec: KernelSpec, config: DqDrConfig, gpu: Gpu) -> int:

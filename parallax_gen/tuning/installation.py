@@ -48,6 +48,8 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _device() -> Iterator[tuple[str, str]]:
+    from parallax_gen.memory.toolchain import too_old_for
+
     card = device.gpu_here(0)
     if card is None:
         yield "note", "no CUDA device: kernels can be rendered, compiled and ranked, but not run or measured"
@@ -56,6 +58,8 @@ def _device() -> Iterator[tuple[str, str]]:
             "in the table of GPUs" if card.name in GPUS else "not in the table of GPUs: its peak rates are estimated"
         )
         yield "ok", f"{card.title}, recognised as {card.name} ({known})"
+        if message := too_old_for(card.capability):
+            yield "broken", message
 
 
 def _cache() -> Iterator[tuple[str, str]]:

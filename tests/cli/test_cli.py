@@ -306,6 +306,21 @@ def test_doctor_reports_what_is_broken(store: Store, monkeypatch: pytest.MonkeyP
     assert json.loads(result.stdout)["broken"]
 
 
+def test_doctor_names_the_card_and_a_triton_that_is_too_old_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallax_gen.cli import doctor
+    from parallax_gen.codegen import device
+    from parallax_gen.memory import toolchain
+
+    monkeypatch.setattr(doctor, "CHECKS", {"device": doctor.CHECKS["device"]})
+    monkeypatch.setattr(device, "gpu_here", lambda index: gpu_by_name("gb10"))
+    for version, broken in (("3.6.0", False), ("3.5.1", True)):
+        monkeypatch.setattr(toolchain, "triton_version", lambda version=version: version)
+        report = json.loads(run("doctor", "--json").stdout)
+        texts = [finding["text"] for finding in report["findings"]]
+        assert texts[0] == "NVIDIA GB10, recognised as gb10 (in the table of GPUs)"
+        assert report["broken"] == broken == ("install 3.6 or newer" in texts[-1])
+
+
 def test_doctor_creates_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from parallax_gen.cli import doctor
 

@@ -147,7 +147,11 @@ def test_a_siblings_record_of_this_toolchain_comes_first() -> None:
     assert siblings(GPU) == ["h100", "h100-pcie", "h100-nvl", "h800", "h20", "gh200", "gh200-144gb"]
     assert "h200" in siblings(GPUS["h100"])
     assert not {"h100", "h200"} & set(siblings(GPUS["a100"]))
-    assert (siblings(GPUS["b200"]), siblings(GPUS["b300"]), siblings(GPUS["l4"])) == (["gb200"], [], ["l40s", "rtx4090"])
+    assert (siblings(GPUS["b200"]), siblings(GPUS["b300"]), siblings(GPUS["l4"])) == (
+        ["gb200"],
+        [],
+        ["l40s", "rtx4090"],
+    )
 
 
 @pytest.mark.parametrize(

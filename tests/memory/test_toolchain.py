@@ -121,3 +121,24 @@ def test_the_toolchain_of_this_process() -> None:
     here = toolchain.Toolchain.here()
     assert here.triton.split("+")[0] == __version__.split("+")[0]
     assert here.compiles_like(here)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "fits"),
+    [
+        ("3.5.1", (9, 0), True),
+        ("3.5.1", (10, 0), True),
+        ("3.5.1", (10, 3), False),
+        ("3.5.1", (12, 1), False),
+        ("3.6.0", (12, 1), True),
+        ("main", (12, 1), True),
+    ],
+)
+def test_a_triton_too_old_for_a_card_is_named(
+    version: str, capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From compiling with Triton 3.5: its ptxas does not know sm_103a and sm_121a."""
+    monkeypatch.setattr(toolchain, "triton_version", lambda: version)
+    dotted = ".".join(map(str, capability))
+    expected = f"Triton {version} compiles no kernels for compute capability {dotted}: install 3.6 or newer"
+    assert toolchain.too_old_for(capability) == ("" if fits else expected)
