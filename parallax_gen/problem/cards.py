@@ -109,11 +109,11 @@ CARDS = (
     Card(
         "h100-pcie", "NVIDIA H100 PCIe", (9, 0), 114, 50, 80, 2.0, 756, 378, 51.2, ("H100 PCIe 80GB", "H100 80GB PCIe")
     ),
-    # NVIDIA H100 data sheet, column NVL. SMs: its driver. L2 is published for the pair of cards only: that of a whole
-    # GH100 with six HBM stacks.
+    # NVIDIA H100 data sheet, column NVL. SMs: its driver. L2 is not published: that of a whole GH100 with six HBM
+    # stacks, as the H200's.
     Card("h100-nvl", "NVIDIA H100 NVL", (9, 0), 132, 60, 94, 3.9, 835.5, 417.5, 60, ("H100 NVL 94GB", "H100 94GB")),
-    # Sold in China, with no data sheet on NVIDIA's site. H800: an H100 SXM but for fp64 and NVLink. H20: as vendors of
-    # servers print it, "148 TFLOPS FP16" and "74 TFLOPS TF32", both dense; SMs, L2: its driver.
+    # Sold in China, with no data sheet on NVIDIA's site. H800: an H100 SXM but for fp64 and NVLink. H20: the figures
+    # that vendors of servers print, 148 TFLOP/s of fp16 and 74 of tf32, both dense; SMs: its driver.
     Card("h800", "NVIDIA H800 SXM", (9, 0), 132, 50, 80, 3.35, 989.4, 494.7, 66.9, ("H800", "H800 SXM5", "H800 80GB")),
     Card("h20", "NVIDIA H20", (9, 0), 78, 60, 96, 4.0, 148, 74, 44, ("H20 96GB", "H20 SXM", "HGX H20")),
     # NVIDIA H200 data sheet; the SMs are those of the H100 SXM. L2, that of a whole GH100 with six HBM stacks: its
@@ -157,8 +157,9 @@ CARDS = (
     # NVIDIA A10 data sheet; SMs, L2: its driver. The white paper on Ampere GA102 has the RTX A6000.
     Card("a10", "NVIDIA A10", (8, 6), 72, 6, 24, 0.6, 125, 62.5, 31.2, ("A10 24GB", "A10 PCIe")),
     Card("a6000", "NVIDIA RTX A6000", (8, 6), 84, 6, 48, 0.768, 154.8, 77.4, 38.7, ("RTX A6000 48GB",)),
-    # NVIDIA white paper on RTX Blackwell PRO, Workstation and Max-Q. Of the Server Edition its data sheet has the
-    # bandwidth and fp32; the tensor cores have four times fp32's rate, as on the other two.
+    # NVIDIA white paper on RTX Blackwell PRO, Workstation Edition. Of the other two data sheets have bandwidth and
+    # fp32; the tensor cores have four times fp32's rate, as the first's: the Max-Q's 3511 TFLOP/s of fp4 with sparsity
+    # are 8 times that.
     Card("rtxpro6000", "NVIDIA RTX PRO 6000", (12, 0), 188, 128, 96, 1.792, 503.8, 251.9, 126, PRO_6000_NAMES),
     Card(
         "rtxpro6000-maxq",

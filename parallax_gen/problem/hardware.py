@@ -38,7 +38,8 @@ class Gpu:
     tensor_flops              bf16 and fp16 matmuls with fp32 accumulation, dense, FLOP/s
     tf32_flops                the same for tf32
     fp32_flops                outside the tensor cores
-    estimated                 whether the rates, and other values that the device did not report, are a similar card's
+    estimated                 whether the rates, and other values that the device did not report, are a similar card's,
+                              or follow from other published rates
     """
 
     name: str

@@ -132,8 +132,8 @@ def test_a_gpu_without_records_is_untuned_and_an_unknown_one_an_error(store: Sto
     result = report(store, "b200")
     assert result.by_place
     assert not any(result.by_place.values())
-    with pytest.raises(UnknownGpuError, match="unknown GPU 'b300'"):
-        report(store, "b300")
+    with pytest.raises(UnknownGpuError, match="unknown GPU 'b400'"):
+        report(store, "b400")
 
 
 def test_a_card_outside_the_table_has_times_but_no_roofline(store: Store) -> None:

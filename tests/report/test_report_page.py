@@ -213,7 +213,7 @@ def test_json_has_the_data_of_the_figures(store: Store, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message", "status"),
     [
-        (("--gpu", "b300"), "error: unknown GPU 'b300'", 2),
+        (("--gpu", "b400"), "error: unknown GPU 'b400'", 2),
         (("--bench", "empty.csv"), "empty.csv, line 1: got no columns", 1),
         (("--bench", "nowhere.csv"), "error: Invalid value for '--bench': File 'nowhere.csv' does not exist.", 2),
         (("--out", "missing/report.html"), "error: cannot write missing/report.html", 1),
