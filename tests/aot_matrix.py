@@ -130,6 +130,18 @@ def distinct(jobs: Sequence[Job]) -> list[Job]:
     return list({text_hash_of(job.spec, job.config, job.gpu): job for job in jobs}.values())
 
 
+def table(rows: dict[str, list[Row]]) -> str:
+    """Counts by capability, in Markdown."""
+    lines = [["capability", "kernels", "over shared memory", "not compiled", "some spills", "over 200 bytes", "most"]]
+    lines += [["---"] * len(lines[0])]
+    for capability, found in rows.items():
+        spills = [row.spills for row in found]
+        counts = [len(found), sum(row.over for row in found), sum(bool(row.error) for row in found)]
+        counts += [sum(n > 0 for n in spills), sum(n > MANY_SPILLS for n in spills), max(spills)]
+        lines.append([capability, *map(str, counts)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--capability", action="append", choices=CARDS, help="default: all")
@@ -150,13 +162,7 @@ def main() -> None:
                     rows.setdefault(capability, []).append(row)
                     if given.all or row.error or row.over or row.spills > MANY_SPILLS:
                         print(row, flush=True)
-    print("| capability | kernels | over shared memory | not compiled | some spills | over 200 bytes | most bytes |")
-    print("|---|---|---|---|---|---|---|")
-    for capability, found in rows.items():
-        spills = [row.spills for row in found]
-        counts = [len(found), sum(row.over for row in found), sum(bool(row.error) for row in found)]
-        counts += [sum(n > 0 for n in spills), sum(n > MANY_SPILLS for n in spills), max(spills)]
-        print("|", " | ".join([capability, *map(str, counts)]), "|")
+    print(table(rows))
     sys.exit(any(row.over or row.error for found in rows.values() for row in found))
 
 

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from aot_matrix import BUCKETS, CARDS, DECODED, DTYPES, HEAD_DIMS, PREFILLED, jobs_of, specs_of
+from aot_matrix import BUCKETS, CARDS, DECODED, DTYPES, HEAD_DIMS, PREFILLED, Row, jobs_of, specs_of, table
 from lowering import Job, needs
 
+from parallax_gen.codegen.resources import Resources
 from parallax_gen.ops.forward import ForwardConfig
 from parallax_gen.ops.space import coerce, default_config, knobs_of, most_shared_bytes, shared_bytes, why_invalid
-from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.hardware import GPUS, KIB
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import KernelSpec
 
@@ -83,6 +84,24 @@ def decode_kinds() -> list[KernelSpec]:
 
 def prefilled_or_decoded(spec: KernelSpec) -> Bucket:
     return replace((PREFILLED if spec.multi_token else DECODED)[0], window=128 if spec.window else 0)
+
+
+def test_the_matrix_counts_what_does_not_fit_and_what_spills() -> None:
+    spec, shape = KernelSpec("dkdv", 64, "bf16"), representative(Bucket(64, 4096, 4096), 1)
+    gpu = GPUS["l4"]
+    job = Job(spec, default_config(spec, shape, gpu), gpu, shape)
+    found = [Resources(255, 0, 99 * KIB), Resources(255, 8, 99 * KIB + 1), Resources(32, 6200, 0), None]
+    rows = [Row(job, resources, "" if resources else "BuildError") for resources in found]
+    assert table({"sm_89": rows}).splitlines()[-1] == "| sm_89 | 4 | 1 | 1 | 2 | 1 | 6200 |"
+
+
+def test_the_matrix_has_every_card() -> None:
+    """Their defaults differ with the number of multiprocessors; every default of every card is in it."""
+    assert {f"sm_{gpu.arch}" for gpu in GPUS.values()} == set(CARDS)
+    for gpu in (GPUS["h20"], GPUS["gb10"], GPUS["l4"]):
+        configs = {(job.spec, job.config) for job in jobs_of("decode", f"sm_{gpu.arch}")}
+        for spec in specs_of("decode", 128, "bf16"):
+            assert (spec, default_config(spec, representative(DECODED[1], spec.group), gpu)) in configs
 
 
 @pytest.mark.slow
