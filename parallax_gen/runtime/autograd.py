@@ -24,6 +24,7 @@ from parallax_gen.runtime.attention import SavedForBackward, backward, forward, 
 from parallax_gen.runtime.operators import NAMESPACE, operator_name
 from parallax_gen.runtime.requests import (
     INPUTS,
+    SCALARS,
     TENSORS,
     Request,
     cu_seqlens_of,
@@ -296,6 +297,9 @@ class _TransformedAttention(torch.autograd.Function):
         if ctx.stats:
             allowed = "False: statistics have no tangents"
             raise ArgumentError("return_stats", "True for an input with a tangent (forward-mode AD)", allowed)
+        if dict(zip(SCALARS, ctx.scalars, strict=True))["batch_invariant"]:
+            allowed = "False for an input with a tangent (forward-mode AD): tangents are computed in plain torch"
+            raise ArgumentError("batch_invariant", True, allowed)
         input_tangents = tangents[: len(INPUTS)]
         for tangent in input_tangents:
             if tangent is not None:

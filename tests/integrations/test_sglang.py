@@ -16,6 +16,7 @@ import torch
 from engine_stubs import STEPS, TOTALS, Requests, assert_overrides_fit, engine, imported, signatures
 from sglang_stub import ForwardMode
 
+import parallax_gen
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations import sglang as integration
 
@@ -101,6 +102,16 @@ def test_steps_compute_parallax_attention(page_size: int, options: dict[str, Any
         torch.testing.assert_close(out, requests.expected(counts, **ours), rtol=1e-4, atol=1e-5)
 
 
+def test_decode_steps_in_the_mode_take_the_kernel_of_prompts() -> None:
+    requests = Requests(TOTALS)
+    server = Server(requests, 4)
+    with parallax_gen.batch_invariant():
+        for counts in (STEPS[0], (1, 1, 1)):
+            out = server.step(counts, mode_of(counts))
+            torch.testing.assert_close(out, requests.expected(counts), rtol=1e-4, atol=1e-5)
+        assert server.backend.forward_metadata.max_seqlen_q == 1
+
+
 def test_tokens_that_pad_a_batch_change_nothing() -> None:
     """SGLang cuts q, k and v to the real tokens, but not r, which it does not know."""
     requests = Requests((9, 4))
@@ -113,10 +124,17 @@ def test_tokens_that_pad_a_batch_change_nothing() -> None:
     torch.testing.assert_close(out, requests.expected(counts), rtol=1e-4, atol=1e-5)
 
 
-def test_a_captured_decode_step_reads_the_same_tensors_in_every_replay() -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_captured_decode_step_reads_the_same_tensors_in_every_replay(batch_invariant: bool) -> None:
+    """In the mode, packed queries: the kernel of prompts, with which the other requests of a batch may come."""
     requests = Requests(TOTALS)
     server = Server(requests, 4)
     backend = server.backend
+    with parallax_gen.batch_invariant(batch_invariant):
+        check_captured_steps(backend, server, requests, packs=batch_invariant)
+
+
+def check_captured_steps(backend: Any, server: Server, requests: Requests, *, packs: bool) -> None:
     backend.init_cuda_graph_state(8, 8)
     server.step(STEPS[0], ForwardMode.EXTEND)
     addresses = []
@@ -128,6 +146,11 @@ def test_a_captured_decode_step_reads_the_same_tensors_in_every_replay() -> None
         backend.init_forward_metadata_in_graph(batch)
         metadata = backend.forward_metadata
         addresses.append((metadata.page_table.data_ptr(), metadata.cache_seqlens.data_ptr(), metadata.page_table.shape))
+        starts = metadata.cu_seqlens_q
+        assert packs == (starts is not None)
+        if packs:
+            addresses[-1] += (starts.data_ptr(),)
+            assert (starts.tolist(), metadata.max_seqlen_q) == ([0, 1, 2, 3], 1)
         out = server.layer(q, r, k, v, batch)
         torch.testing.assert_close(out, requests.expected(counts), rtol=1e-4, atol=1e-5)
     assert addresses[0] == addresses[1]

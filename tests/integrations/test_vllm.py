@@ -18,6 +18,7 @@ import torch
 import vllm_stub
 from engine_stubs import STEPS, TOTALS, Requests, assert_overrides_fit, engine, imported, signatures
 
+import parallax_gen
 from parallax_gen.errors import ArgumentError
 from parallax_gen.integrations import vllm as integration
 
@@ -108,7 +109,9 @@ def test_padding_of_a_batch_is_neither_stored_nor_attended(counts: tuple[int, ..
     assert added == 2 * sum(counts) * requests.kv_heads * requests.head_dim
 
 
-def test_a_decode_step_takes_the_kernel_for_one_query(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_the_kernel_of_a_decode_step(batch_invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That for one query, but in the mode that of prompts, with which the other requests of a batch may come."""
     requests = Requests(TOTALS)
     layer = layer_of(requests, 16)
     backend = imported("vllm.backend")
@@ -120,9 +123,11 @@ def test_a_decode_step_takes_the_kernel_for_one_query(monkeypatch: pytest.Monkey
         return attend(q, *arguments, **options)
 
     monkeypatch.setattr(backend, "parallax_attn_with_kvcache", watched)
-    for counts in ((4, 2, 1), (1, 1, 1)):
-        step(layer, requests, counts, 16)
-    assert called == [(3, False), (4, True)]
+    with parallax_gen.batch_invariant(batch_invariant):
+        for counts in ((4, 2, 1), (1, 1, 1)):
+            out = step(layer, requests, counts, 16)
+            torch.testing.assert_close(out, requests.expected(counts), rtol=1e-4, atol=1e-5)
+    assert called == [(3, False), (3, False) if batch_invariant else (4, True)]
 
 
 def test_an_8_bit_cache_is_read_with_the_layers_scales() -> None:

@@ -379,6 +379,14 @@ def test_a_graph_passes_it_to_both_functions(argument: bool | None, monkeypatch:
     assert seen == [argument] * 3
 
 
+def test_forward_mode_ad_is_refused() -> None:
+    q, r, k, v = (x.detach() for x in dense().inputs)
+    with pytest.raises(ArgumentError, match=r"^batch_invariant: got True; allowed: False .*tangents are computed"):
+        torch.func.jvp(lambda x: parallax_attn_func(x, r, k, v, batch_invariant=True), (q,), (q,))
+    with parallax_gen.batch_invariant():
+        torch.func.jvp(lambda x: parallax_attn_func(x, r, k, v, batch_invariant=False), (q,), (q,))
+
+
 def test_ring_attention_is_refused() -> None:
     q, r, k, v = (x.detach() for x in dense(4, 4).inputs)
     message = r"^batch_invariant: got True; allowed: .*False.*the bits of ring attention depend on the number of ranks"

@@ -15,6 +15,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from torch import Tensor
 
 from parallax_gen.errors import ArgumentError
+from parallax_gen.runtime.invariance import is_batch_invariant
 from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
 from parallax_gen.runtime.requests import CACHE_DTYPE_NAMES
 
@@ -25,7 +26,8 @@ class ForwardMetadata:
 
     page_table     (batch, pages) int32: each request's pages, in order
     cache_seqlens  (batch,) int32: the keys of each request, with those of this pass
-    cu_seqlens_q   (batch + 1,) int32: the first token of each request in q; None for a decode step, one token each
+    cu_seqlens_q   (batch + 1,) int32: the first token of each request in q; None for a decode step, one token each,
+                   unless batch-invariant: then steps with chunks of prompts and those without take the same kernel
     max_seqlen_q   the most tokens of a request
     """
 
@@ -33,6 +35,14 @@ class ForwardMetadata:
     cache_seqlens: Tensor
     cu_seqlens_q: Tensor | None = None
     max_seqlen_q: int | None = None
+
+
+def _of_decode_step(page_table: Tensor, cache_seqlens: Tensor) -> ForwardMetadata:
+    """The metadata of a step with one token of each request."""
+    if not is_batch_invariant(None):
+        return ForwardMetadata(page_table, cache_seqlens)
+    starts = torch.arange(len(cache_seqlens) + 1, dtype=torch.int32, device=cache_seqlens.device)
+    return ForwardMetadata(page_table, cache_seqlens, starts, max_seqlen_q=1)
 
 
 class ParallaxAttnBackend(AttentionBackend):
@@ -60,7 +70,7 @@ class ParallaxAttnBackend(AttentionBackend):
         pages = self._read_pages(forward_batch)
         cache_seqlens = forward_batch.seq_lens.to(torch.int32)
         if forward_batch.forward_mode.is_decode_or_idle():
-            self.forward_metadata = ForwardMetadata(pages, cache_seqlens)
+            self.forward_metadata = _of_decode_step(pages, cache_seqlens)
             return
         ends = torch.cumsum(forward_batch.extend_seq_lens, 0, dtype=torch.int32)
         starts = torch.nn.functional.pad(ends, (1, 0))
@@ -71,7 +81,7 @@ class ParallaxAttnBackend(AttentionBackend):
         """The tensors that captured decode steps read: a graph keeps their addresses."""
         device, most_pages = self.req_to_token.device, -(-self.req_to_token.shape[1] // self.page_size)
         pages = torch.zeros((max_bs, most_pages), dtype=torch.int32, device=device)
-        self._graph_metadata = ForwardMetadata(pages, torch.ones(max_bs, dtype=torch.int32, device=device))
+        self._graph_metadata = _of_decode_step(pages, torch.ones(max_bs, dtype=torch.int32, device=device))
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a decode step is captured or replayed: refresh the tensors that its graph reads."""
@@ -82,7 +92,9 @@ class ParallaxAttnBackend(AttentionBackend):
         table, cache_seqlens = self._graph_metadata.page_table[:batch], self._graph_metadata.cache_seqlens[:batch]
         table[:, : pages.shape[1]].copy_(pages)  # the kernels read no entries past a request's length
         cache_seqlens.copy_(forward_batch.seq_lens[:batch])
-        self.forward_metadata = ForwardMetadata(table, cache_seqlens)
+        starts = self._graph_metadata.cu_seqlens_q
+        starts = starts if starts is None else starts[: batch + 1]
+        self.forward_metadata = ForwardMetadata(table, cache_seqlens, starts, self._graph_metadata.max_seqlen_q)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """The length of the requests that pad a batch to a captured size."""

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.spec import LARGEST_HEAD_DIM
+from parallax_gen.runtime.invariance import is_batch_invariant
 from parallax_gen.runtime.kvcache import parallax_attn_with_kvcache
 
 # vLLM's names of 8-bit caches. It stores them as uint8.
@@ -175,7 +176,9 @@ class ParallaxAttentionImpl(AttentionImpl):
         q, r, out = query[:tokens, :heads], query[:tokens, heads:], output_of_q(output, tokens)
         starts: Tensor | None = attn_metadata.query_start_loc
         max_seqlen_q: int | None = attn_metadata.max_query_len
-        if max_seqlen_q == 1 and starts is not None and starts.shape[0] - 1 == tokens:  # a decode step: one token each
+        one_token_each = max_seqlen_q == 1 and attn_metadata.query_start_loc.shape[0] - 1 == tokens
+        # A decode step. Batch-invariant, it takes the kernel of steps in which other requests have several tokens.
+        if one_token_each and not is_batch_invariant(None):
             q, r, out, starts, max_seqlen_q = q.unsqueeze(1), r.unsqueeze(1), out.unsqueeze(1), None, None
         parallax_attn_with_kvcache(
             q,
