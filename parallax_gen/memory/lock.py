@@ -25,7 +25,7 @@ from parallax_gen.files import replace_file
 from parallax_gen.memory.bounds import check_flat, check_text, shown
 from parallax_gen.memory.commands import lock_command
 from parallax_gen.memory.old import config_of_record
-from parallax_gen.memory.place import Place, config_at, layouts_of
+from parallax_gen.memory.place import Place, kernels_of
 from parallax_gen.memory.ranking import Candidate, Tier, default_of
 from parallax_gen.memory.result import LONGEST_REASON, MALFORMED
 from parallax_gen.memory.toolchain import Toolchain
@@ -44,8 +44,8 @@ NO_CHECK = "which decides: locked kernels are not checked for spills"
 class LockedKernel:
     """A line of a lock.
 
-    kernel     the fingerprint of the rendered kernel: see codegen/fingerprint.py. Of a batch-invariant place, one for
-               the kernels of its layouts
+    kernel     the fingerprint of the rendered kernel: see codegen/fingerprint.py. If calls of the place may launch
+               several, one for all of them: see `kernels_of`
     toolchain  its full versions: a lock allows no other
     """
 
@@ -182,11 +182,11 @@ def read_lock(path: Path, missing: str = "error") -> Lock:
 
 
 def _fingerprint(place: Place, config: KernelConfig, gpu: Gpu) -> str:
-    """The fingerprint of a place's kernel, or one for the kernels of its layouts. Raises ConfigError."""
+    """The fingerprint of a place's kernel, or one for all that its calls may launch. Raises ConfigError."""
     kernels = [render(place.spec, config, gpu).kernel]
-    for spec in layouts_of(place.spec)[1:]:
+    for spec, config_there in kernels_of(place, config)[1:]:
         with suppress(ConfigError):  # such as a block that does not fit beside a page table: calls in pages will say so
-            kernels.append(render(spec, config_at(spec, config), gpu).kernel)
+            kernels.append(render(spec, config_there, gpu).kernel)
     return kernels[0] if len(kernels) == 1 else hashlib.sha256(" ".join(kernels).encode()).hexdigest()[:32]
 
 

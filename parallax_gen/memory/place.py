@@ -7,14 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from parallax_gen.errors import ArgumentError
 from parallax_gen.memory.bounds import shown
 from parallax_gen.memory.old import spec_from
-from parallax_gen.ops.base import KernelConfig
+from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.problem.shapes import Bucket, Shape, bucket_of
-from parallax_gen.problem.spec import KernelSpec
+from parallax_gen.problem.spec import KernelSpec, batch_invariant_spec
 
 Scalar = str | int | bool
 
@@ -99,13 +100,33 @@ def place_of(gpu: str, spec: KernelSpec, sizes: Shape | Bucket) -> Place:
     return Place(gpu, spec, Bucket(_INVARIANT_KV_ROWS, seqlen_q, _INVARIANT_SEQLEN, window))
 
 
-def layouts_of(spec: KernelSpec) -> list[KernelSpec]:
-    """The spec of a place and, if it is batch-invariant, of other layouts whose kernels have its config."""
-    if not spec.batch_invariant:
-        return [spec]
-    changes: list[dict[str, Any]] = [{}, {"page_size": 16}, {"leftpad": True}, {"stats": True}]
-    changes += [{"varlen": True}] * spec.multi_token
-    return [replace(spec, **change) for change in changes]
+def kernels_of(place: Place, config: KernelConfig) -> list[tuple[KernelSpec, KernelConfig]]:
+    """The kernels that calls with a place's config may launch: the place's own first, and one of each form.
+
+    The place of batch-invariant calls serves all layouts, dense and packed, with and without statistics. Unaligned
+    tensors get the config that loads by pointers. config: valid for the place
+    """
+    kernels: dict[object, tuple[KernelSpec, Any]] = {}
+    for spec in _layouts_of(place, config):
+        config_there = config_at(spec, config)
+        block_layout = getattr(op_of(spec).form(spec, config_there), "block_layout", "")
+        kernels.setdefault((block_layout, replace(spec, page_size=0)), (spec, config_there))
+    described = [(spec, one) for spec, one in kernels.values() if getattr(one, "LOADS", "") == "descriptors"]
+    return [*kernels.values(), *((spec, replace(one, LOADS="pointers")) for spec, one in described)]
+
+
+def _layouts_of(place: Place, config: KernelConfig) -> list[KernelSpec]:
+    """The specs of the calls that get a place's config, with some page sizes for each way that blocks lie in pages."""
+    spec, both = place.spec, (False, True)
+    values: dict[str, tuple[Any, ...]] = {}
+    if spec.batch_invariant:
+        block = vars(config)["BLOCK_N"]
+        # Pages of one key, several pages a block (the most that are kept in scalars), and a page of a block.
+        values = {"page_size": (0, 1, block // 8, block), "leftpad": both, "stats": both}
+        values |= {"varlen": both} if spec.multi_token else {}
+    elif place == place_of(place.gpu, batch_invariant_spec(spec), place.bucket):  # in training
+        values = {"varlen": both} | ({"stats": (True, False)} if spec.stats else {})
+    return [replace(spec, **dict(zip(values, chosen, strict=True))) for chosen in product(*values.values())]
 
 
 def config_at(spec: KernelSpec, config: KernelConfig) -> KernelConfig:

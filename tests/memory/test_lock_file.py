@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from parallax_gen.codegen.fingerprint import below_header
 from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ArgumentError, LockError, StoreError
 from parallax_gen.memory.commands import lock_command
 from parallax_gen.memory.lock import Lock, LockedKernel, lock_of_environment, lock_text, read_lock, write_lock
-from parallax_gen.memory.place import Place, place_of
+from parallax_gen.memory.place import Place, kernels_of, place_of
 from parallax_gen.memory.ranking import Tier, default_of
 from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.memory.toolchain import Toolchain
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.problem.hardware import Gpu, gpu_by_name
-from parallax_gen.problem.shapes import Bucket
+from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import KernelSpec
 
 GPU = gpu_by_name("h200")
@@ -191,6 +196,84 @@ def test_a_batch_invariant_place_is_locked_in_all_layouts(
 
     monkeypatch.setattr("parallax_gen.memory.lock.render", render_another)
     assert "its config now renders kernel" in message_of(lock, place)
+
+
+SHARED = Shape(8, 32, 8, 256, 256)  # batch-invariant calls of all sizes share a place
+STEP = KernelSpec("forward", 128, "bf16", group=4, causal=True, stats=True, batch_invariant=True)
+ONE_QUERY = KernelSpec("decode_varlen", 128, "bf16", group=4, batch_invariant=True)
+CHUNK = replace(ONE_QUERY, causal=True, multi_token=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "is_changed"),
+    [
+        (STEP, lambda spec, _: spec.varlen),
+        (STEP, lambda spec, _: not spec.stats),
+        (STEP, lambda spec, _: spec.varlen and not spec.stats),
+        (STEP, lambda spec, config: not spec.varlen and config.LOADS == "pointers"),
+        (STEP, lambda spec, config: not spec.varlen and not spec.stats and config.LOADS == "pointers"),
+        (STEP.for_op("preprocess"), lambda spec, _: spec.varlen),
+        (STEP.for_op("dkdv"), lambda spec, _: spec.varlen),
+        (STEP.for_op("dqdr"), lambda spec, _: spec.varlen),
+        (ONE_QUERY, lambda spec, _: spec.page_size == 1),
+        (ONE_QUERY, lambda spec, config: 1 < spec.page_size < config.BLOCK_N),
+        (ONE_QUERY, lambda spec, config: spec.page_size >= config.BLOCK_N),
+        (ONE_QUERY, lambda spec, _: spec.page_size and spec.leftpad),
+        (ONE_QUERY, lambda spec, config: spec.page_size >= config.BLOCK_N and spec.stats),
+        (ONE_QUERY, lambda spec, _: spec.page_size and spec.leftpad and spec.stats),
+        (CHUNK, lambda spec, _: spec.varlen and spec.stats),
+        (CHUNK, lambda spec, _: spec.varlen and spec.page_size and spec.leftpad and spec.stats),
+    ],
+)
+def test_a_changed_kernel_of_batch_invariant_calls_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, spec: KernelSpec, is_changed: Callable[[KernelSpec, Any], bool]
+) -> None:
+    """Each of the kernels that they may launch, also those of a combination of layouts."""
+    place = place_of("h200", spec, SHARED)
+    lock = written(path, LockedKernel.here(place, default_of(place, GPU), GPU))
+
+    def render_another(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> KernelSource:
+        source = render(spec, config, gpu)
+        return replace(source, kernel="0" * 32) if is_changed(spec, config) else source
+
+    assert lock.candidate(place, GPU).locked
+    monkeypatch.setattr("parallax_gen.memory.lock.render", render_another)
+    assert "its config now renders kernel" in message_of(lock, place)
+
+
+def test_a_changed_kernel_for_unaligned_tensors_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without batch_invariant: a config that loads by descriptors has two kernels."""
+    place = Place("h200", replace(STEP, batch_invariant=False), Bucket(8, 1024, 1024))
+    config = default_of(place, GPU)
+    assert config.LOADS == "descriptors"  # type: ignore[attr-defined]
+    lock = written(path, LockedKernel.here(place, config, GPU))
+
+    def render_another(spec: KernelSpec, config: Any, gpu: Gpu) -> KernelSource:
+        source = render(spec, config, gpu)
+        return replace(source, kernel="0" * 32) if config.LOADS == "pointers" else source
+
+    monkeypatch.setattr("parallax_gen.memory.lock.render", render_another)
+    assert "its config now renders kernel" in message_of(lock, place)
+
+
+@pytest.mark.parametrize(("spec", "block"), [(ONE_QUERY, 32), (ONE_QUERY, 128), (CHUNK, 64)])
+@pytest.mark.parametrize("window", [False, True])
+def test_every_line_of_every_layout_is_locked(spec: KernelSpec, block: int, window: bool) -> None:
+    """Of pages of all sizes: only numbers differ from the kernels that are locked."""
+    spec = replace(spec, causal=spec.causal or window, window=window)
+    place = place_of("h200", spec, replace(SHARED, window=100 * window))
+    config: Any = replace(default_of(place, GPU), BLOCK_N=block)
+    locked = {line for there, one in kernels_of(place, config) for line in masked_lines(there, one)}
+    for page_size, leftpad, stats, varlen in product((3, 8, 16, 64, 256), *[(False, True)] * 3):
+        if spec.multi_token or not varlen:
+            there = replace(spec, page_size=page_size, leftpad=leftpad, stats=stats, varlen=varlen)
+            assert masked_lines(there, config) <= locked
+
+
+def masked_lines(spec: KernelSpec, config: KernelConfig) -> set[str]:
+    """The lines of a kernel's text below its header, with N for every number."""
+    text = below_header(render(spec, config, GPU).text)
+    return set(re.sub(r"\b\d+\b", "N", text).splitlines())
 
 
 def test_a_config_that_is_not_valid_any_more_is_an_error(path: Path) -> None:
