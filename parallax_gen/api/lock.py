@@ -41,7 +41,7 @@ def lock(
 ) -> Lock:
     """Write which kernel calls get now into a lock, for `use_lock` and PARALLAX_GEN_LOCK: `parallax-gen lock`.
 
-    path  the file, of JSON lines
+    path  the file, of JSON lines; a file that is no lock is not replaced
     model, kernels, training, serving, tp, dtype  as in `parallax_gen.tune`
     calls  as in `parallax_gen.tune`; all kernels of a recording are locked, also the cheapest
     gpu    by default the card in this machine; or the name of another

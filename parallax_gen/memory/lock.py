@@ -25,7 +25,7 @@ from parallax_gen.files import replace_file
 from parallax_gen.memory.bounds import check_flat, check_text, shown
 from parallax_gen.memory.commands import lock_command
 from parallax_gen.memory.old import config_of_record
-from parallax_gen.memory.place import Place, kernels_of
+from parallax_gen.memory.place import Place, kernels_of, place_of
 from parallax_gen.memory.ranking import Candidate, Tier, default_of
 from parallax_gen.memory.result import LONGEST_REASON, MALFORMED
 from parallax_gen.memory.toolchain import Toolchain
@@ -82,6 +82,11 @@ class LockedKernel:
         bucket = place.bucket
         if place.spec.window != (bucket.window > 0) or bucket_of(representative(bucket, place.spec.group)) != bucket:
             raise ArgumentError("bucket", bucket, "the bucket of a call of this kernel")
+        if place != (shared := place_of(place.gpu, place.spec, bucket)):
+            unused = dict(place.flat().items() - shared.flat().items())
+            raise ArgumentError(
+                "place", unused, "the place that batch-invariant calls share, since they look up no other"
+            )
         for name in ("kernel", "triton", "cuda"):
             check_text(name, data[name])
         if not data["kernel"]:
@@ -120,6 +125,16 @@ class Lock:
         digest = hashlib.sha256(_lines(self.kernels.values()).encode()).hexdigest()[:12]
         return f"{digest}, missing={self.missing}"
 
+    @property
+    def refuses_others(self) -> bool:
+        """Whether a call is an error that is not in the lock."""
+        return self.missing == "error" or is_on(STRICT)
+
+    @property
+    def others(self) -> str:
+        """What calls get that are not in the lock, for people."""
+        return "an error" if self.refuses_others else "their defaults"
+
     def candidate(self, place: Place, gpu: Gpu) -> Candidate:
         """What a call at a place gets. gpu: its card.
 
@@ -128,7 +143,7 @@ class Lock:
         """
         locked = self.kernels.get(place)
         if locked is None:
-            if self.missing == "error" or is_on(STRICT):
+            if self.refuses_others:
                 allowed = f"{STRICT} is on" if self.missing != "error" else 'missing="default" allows its default'
                 raise LockError(f"{self.lacks(place)}: run `{lock_command(place, self.path)}` to add it ({allowed})")
             return Candidate(Tier.DEFAULT, default_of(place, gpu), None)
@@ -181,6 +196,19 @@ def read_lock(path: Path, missing: str = "error") -> Lock:
     return Lock(path, kernels, missing)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises StoreError if a file is no lock, which `write_lock` must not replace. A lock may have any format."""
+    try:
+        first = path.read_bytes().partition(b"\n")[0]
+        _check_names(json.loads(first or b"null"))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"cannot read the lock {path}: {error}") from error
+    except MALFORMED as error:
+        raise StoreError(f"{path} is not a lock, so it is not replaced: name another file, or remove it") from error
+
+
 def _fingerprint(place: Place, config: KernelConfig, gpu: Gpu) -> str:
     """The fingerprint of a place's kernel, or one for all that its calls may launch. Raises ConfigError."""
     kernels = [render(place.spec, config, gpu).kernel]
@@ -215,13 +243,18 @@ def lock_text(lock: Lock | None) -> str:
     """Whether a lock is on, for people."""
     if lock is None:
         return f"no lock is on ({LOCK} is not set)"
-    others = "an error" if lock.missing == "error" or is_on(STRICT) else "their defaults"
-    return f"{lock.path} is on: {lock.count}; others get {others}"
+    return f"{lock.path} is on: {lock.count}; others get {lock.others}"
 
 
-def _check_header(data: object) -> None:
+def _check_names(data: object) -> dict[str, object]:
+    """The header, if these are its fields."""
     if not isinstance(data, dict) or set(data) != set(HEADER):
         raise ArgumentError("line", shown(data), f"an object with {' and '.join(HEADER)}")
+    return data
+
+
+def _check_header(line: object) -> None:
+    data = _check_names(line)
     if type(data["lock"]) is not int or data["lock"] != FORMAT:
         raise ArgumentError("lock", shown(data["lock"]), f"{FORMAT}, the format that this version reads")
     check_text("parallax_gen", data["parallax_gen"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from parallax_gen.codegen import device
 from parallax_gen.codegen.build import ensure_triton_cache
 from parallax_gen.errors import ArgumentError
-from parallax_gen.memory.lock import Lock, LockedKernel, read_lock, write_lock
+from parallax_gen.memory.lock import Lock, LockedKernel, check_replaceable, read_lock, write_lock
 from parallax_gen.memory.ranking import RecordSource
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -49,11 +49,13 @@ def lock_kernels(
 
     add  keep the file's kernels of other places
 
-    Returns the lock, and the choices that were written. Raises ArgumentError without kernels, and StoreError.
+    Returns the lock, and the choices that were written. Raises ArgumentError without kernels, and StoreError, such as
+    for a file that is no lock, which is not replaced.
     """
     kernels = list(kernels)
     if not kernels:
         raise ArgumentError("kernels", "none", "one or more to lock")
+    check_replaceable(path)
     locked = dict(read_lock(path).kernels) if add and path.exists() else {}
     here = device.gpu_here(None)
     is_here = here is not None and here.name == gpu.name

@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from parallax_gen.codegen import device
+from parallax_gen.environment import BATCH_INVARIANT, is_on
 from parallax_gen.errors import BuildError, StoreError
 from parallax_gen.problem.hardware import GPUS, gpu_by_name
 from parallax_gen.problem.shapes import Shape
@@ -130,6 +131,11 @@ def _usable_results() -> tuple[list[Result], str]:
         return Memory().all(), "only the shipped records"
 
 
+def _mode() -> Iterator[tuple[str, str]]:
+    if is_on(BATCH_INVARIANT):
+        yield "ok", f"calls are batch-invariant unless they say otherwise: {BATCH_INVARIANT} is on"
+
+
 def _lock() -> Iterator[tuple[str, str]]:
     from parallax_gen.memory.descriptions import card_of
     from parallax_gen.memory.lock import NO_CHECK, lock_of_environment, lock_text
@@ -138,6 +144,10 @@ def _lock() -> Iterator[tuple[str, str]]:
     if lock is None:
         yield "ok", lock_text(lock)
         return
+    here = device.gpu_here(0)
+    if here is not None and all(place.gpu != here.name for place in lock.kernels):
+        status = "broken" if lock.refuses_others else "note"
+        yield status, f"no kernel of {lock.path} is for this card, {here.name}: calls get {lock.others}"
     found = (lock.problem(kernel, card_of(kernel.place)) for kernel in lock.kernels.values())
     problems = [problem for problem in found if problem]
     if problems:
@@ -173,6 +183,7 @@ CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "cache": _cache,
     "database": _database,
     "records": _records,
+    "mode": _mode,
     "lock": _lock,
     "cuobjdump": _cuobjdump,
     "compile": _compile,

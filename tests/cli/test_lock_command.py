@@ -20,6 +20,7 @@ from parallax_gen.memory.ranking import default_of
 from parallax_gen.memory.shipped import load_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.base import config_to_dict
+from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket, bucket_of
 from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.runtime import locking
@@ -85,6 +86,23 @@ def test_add_keeps_other_kernels(path: Path) -> None:
     assert run("lock", "-o", path, "--add", *CALL[:-1], "2,32/8,1024").exit_code == 0
     assert len(read_lock(path).kernels) == 2
     run("lock", "-o", path, *CALL)
+    assert list(read_lock(path).kernels) == [PLACE]
+
+
+@pytest.mark.parametrize("add", [(), ("--add",)])
+@pytest.mark.parametrize("text", ["my notes\n", "", '{"a": 1}\n', "[1]", "[" * 100_000, "\ufffd"])
+def test_a_file_that_is_no_lock_is_not_replaced(path: Path, text: str, add: tuple[str, ...]) -> None:
+    path.write_text(text, encoding="utf-8")
+    result = run("lock", "-o", path, *add, *CALL)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {path} is not a lock, so it is not replaced: name another file, or remove it\n"
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_lock_that_cannot_be_used_is_replaced(path: Path) -> None:
+    """Such as that of a later version, or after a merge with conflicts."""
+    path.write_text('{"lock": 99, "parallax_gen": "9.0"}\n<<<<<<<\n', encoding="utf-8")
+    assert run("lock", "-o", path, *CALL).exit_code == 0
     assert list(read_lock(path).kernels) == [PLACE]
 
 
@@ -241,6 +259,30 @@ def test_doctor_holds_the_lock_against_the_environment(only_lock: None, on: Path
         "toolchain": "with Triton 3.1.0, ptxas 12.4, but here is",
     }
     assert expected[broken] in result.stdout
+
+
+@pytest.mark.parametrize("missing", ["error", "default"])
+def test_doctor_says_that_a_lock_is_for_other_cards(
+    only_lock: None, on: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARALLAX_GEN_LOCK_MISSING", missing)
+    for name, said in {"h200": False, "h100": True}.items():
+        monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index, name=name: gpu_by_name(name))
+        result = json.loads(run("doctor", "--json").stdout)
+        gets = "an error" if missing == "error" else "their defaults"
+        text = f"no kernel of {on} is for this card, h100: calls get {gets}"
+        status = "broken" if missing == "error" else "note"
+        assert ({"check": "lock", "status": status, "text": text} in result["findings"]) == said
+        assert result["broken"] == (said and missing == "error")
+
+
+def test_doctor_says_that_the_mode_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallax_gen.cli import doctor
+
+    monkeypatch.setattr(doctor, "CHECKS", {"mode": doctor.CHECKS["mode"]})
+    assert run("doctor").stdout == ""
+    monkeypatch.setenv("PARALLAX_GEN_BATCH_INVARIANT", "on")
+    assert "PARALLAX_GEN_BATCH_INVARIANT is on" in run("doctor").stdout
 
 
 # -- render and export write what a call launches.

@@ -32,6 +32,10 @@ PLACE = Place("h200", KernelSpec("decode", 128, "bf16", group=4), Bucket(16, 1, 
 OTHER = replace(PLACE, bucket=Bucket(16, 1, 8192))
 CONFIG = DecodeConfig(BLOCK_N=64, BLOCK_H=8, NUM_SPLITS=24, merge="kernel", num_warps=2, num_stages=3)
 LOCKED = LockedKernel.here(PLACE, CONFIG, GPU)
+SHARED = Shape(8, 32, 8, 256, 256)  # batch-invariant calls of all sizes share a place
+STEP = KernelSpec("forward", 128, "bf16", group=4, causal=True, stats=True, batch_invariant=True)
+ONE_QUERY = KernelSpec("decode_varlen", 128, "bf16", group=4, batch_invariant=True)
+CHUNK = replace(ONE_QUERY, causal=True, multi_token=True)
 
 
 @pytest.fixture
@@ -131,6 +135,32 @@ def test_another_file_is_one_error(path: Path, text: str, reason: str) -> None:
     assert str(error.value).startswith(f"{path}, {reason}")
 
 
+@pytest.mark.parametrize(
+    ("spec", "bucket", "refused"),
+    [
+        (replace(ONE_QUERY, page_size=16), {}, {"spec.page_size": 16}),
+        (replace(ONE_QUERY, leftpad=True), {}, {"spec.leftpad": True}),
+        (replace(ONE_QUERY, stats=True), {}, {"spec.stats": True}),
+        (replace(CHUNK, varlen=True), {}, {"spec.varlen": True}),
+        (ONE_QUERY, {"kv_rows": 8}, {"bucket.kv_rows": 8}),
+        (ONE_QUERY, {"seqlen_kv": 8192}, {"bucket.seqlen_kv": 8192}),
+        (STEP, {}, {"spec.batch_invariant": True}),
+    ],
+)
+def test_a_place_that_no_call_looks_up_is_refused(
+    path: Path, spec: KernelSpec, bucket: dict[str, int], refused: dict[str, Any]
+) -> None:
+    """Batch-invariant calls look up the place that they share."""
+    shared = place_of("h200", spec, SHARED)
+    config = default_of(shared, GPU)
+    place = Place("h200", spec, replace(shared.bucket, **bucket))
+    write_lock(path, [replace(LOCKED, place=place, config=config)])
+    with pytest.raises(StoreError) as error:
+        read_lock(path)
+    assert str(error.value).startswith(f"{path}, line 2: not a locked kernel: place: got {refused}; allowed: the place")
+    assert list(written(path, replace(LOCKED, place=shared, config=config)).kernels) == [shared]
+
+
 def test_a_place_may_occur_once(path: Path) -> None:
     write_lock(path, [LOCKED, LOCKED])
     with pytest.raises(StoreError, match=r"line 3: not a locked kernel: place: got .*; allowed: each place once"):
@@ -196,12 +226,6 @@ def test_a_batch_invariant_place_is_locked_in_all_layouts(
 
     monkeypatch.setattr("parallax_gen.memory.lock.render", render_another)
     assert "its config now renders kernel" in message_of(lock, place)
-
-
-SHARED = Shape(8, 32, 8, 256, 256)  # batch-invariant calls of all sizes share a place
-STEP = KernelSpec("forward", 128, "bf16", group=4, causal=True, stats=True, batch_invariant=True)
-ONE_QUERY = KernelSpec("decode_varlen", 128, "bf16", group=4, batch_invariant=True)
-CHUNK = replace(ONE_QUERY, causal=True, multi_token=True)
 
 
 @pytest.mark.parametrize(
