@@ -96,7 +96,7 @@ class Dispatcher:
     def __init__(self, memory: RecordSource, lock: Lock | None = None):
         self.on_first_call: Callable[[KernelSpec, Shape, Gpu], bool] | None = None
         self._memory, self._lock = memory, lock
-        self._lock_of_ranks = ""  # the lock that was last compared with the other ranks'
+        self._lock_of_ranks = ""  # what was last compared with the other ranks: see `check_same_lock`
         self._choices: dict[tuple[Place, bool], DispatchChoice] = {}
         self._kernels: dict[tuple[Place, KernelSpec], tuple[DispatchChoice, ModuleType]] = {}
         self._untuned_notice, self._unlocked_notice = UntunedNotice(), UnlockedNotice()
@@ -132,7 +132,7 @@ class Dispatcher:
         """The choice for a call, and the module to launch.
 
         With a lock, its kernel: nothing is tuned at first calls, and records do not count. Raises LockError if the lock
-        refuses the call, and DistributedError if another rank is known to hold another lock.
+        refuses the call. Raises DistributedError, also without a lock, if another rank is known to hold another one.
 
         Otherwise warns once if the kernel was not measured on this GPU with this toolchain, or raises UntunedError in
         strict mode: see `UntunedNotice`.
@@ -152,8 +152,8 @@ class Dispatcher:
 
     def _choose(self, place: Place, spec: KernelSpec, shape: Shape, gpu: Gpu) -> DispatchChoice:
         lock = self._lock
+        self._lock_of_ranks = check_same_lock(lock, self._lock_of_ranks)
         if lock is not None:
-            self._lock_of_ranks = check_same_lock(lock, self._lock_of_ranks)
             choice = choose(spec, shape, gpu, self._memory, lock=lock)
             if not choice.candidate.locked:
                 self._unlocked_notice.warn(place, lock)

@@ -26,8 +26,8 @@ def use_lock(path: str | Path | None, *, missing: str = "error") -> Lock | None:
 
     It replaces the lock of PARALLAX_GEN_LOCK. Locked kernels are not checked for spills, and nothing is tuned at first
     calls. Kernels that were chosen before are chosen again; captured CUDA graphs keep theirs. With several ranks, call
-    it on all of them, before calls that follow: a rank whose lock differs from that of another raises DistributedError
-    at its next first call of a kernel, and `share_tuning` also finds ranks without a lock.
+    it on all of them, before calls that follow: a rank whose lock differs from that of another, or that has none beside
+    one that has, raises DistributedError at its next first call of a kernel.
 
     Returns the lock. Raises StoreError, which names the file and the line, if the file is no lock, and ArgumentError
     for another `missing`. Calls raise `parallax_gen.errors.LockError` if the lock lacks their kernel, or if this

@@ -295,6 +295,61 @@ def another_lock_is_found_at_a_call(rank: int, folder: Path) -> None:
         assert chosen(default_dispatcher()) == config(8)
 
 
+def ranks_may_switch_it_off(rank: int, folder: Path) -> None:
+    parallax_gen.use_lock(None)
+    assert chosen(default_dispatcher()) == default_of(PLACE, GPU)
+    dist.barrier()
+    parallax_gen.use_lock(lock_of(folder, 24, f"{rank}-"))
+    assert chosen(default_dispatcher()) == config(24)
+
+
+def a_later_rank_without_a_lock_is_found_at_a_call(rank: int, folder: Path) -> None:
+    if rank == 1:
+        with pytest.raises(DistributedError, match=r"rank 1 has no lock, another rank has \w{12}, missing=error;"):
+            chosen(Dispatcher(RecordTable([])))
+
+
+def a_later_rank_with_a_lock_is_found_at_a_call(rank: int, folder: Path) -> None:
+    path = lock_of(folder, 24, f"{rank}-")
+    parallax_gen.use_lock(None)
+    chosen(default_dispatcher())
+    dist.barrier()
+    if rank == 1:
+        with pytest.raises(DistributedError, match=rf"rank 1 has {path} \(.*\), another rank has no lock;"):
+            chosen(Dispatcher(RecordTable([]), read_lock(path)))
+
+
+def ranks_without_locks_ask_once(rank: int, folder: Path) -> None:
+    """One operation of the store in all, and none that waits."""
+    dispatcher, store = Dispatcher(RecordTable([])), CountedStore(dist.distributed_c10d._get_default_store())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+        for shape in (SHAPE, LONGER, replace(LONGER, batch=64)):
+            chosen(dispatcher, shape)
+        assert store.asked == ["compare_set"]
+        store.asked.clear()
+        patch.setattr(CountedStore, "broken", True)
+        assert chosen(Dispatcher(RecordTable([]))) == default_of(PLACE, GPU)
+        with pytest.raises(RuntimeError, match="gone"):
+            chosen(Dispatcher(RecordTable([]), read_lock(lock_of(folder, 24, f"{rank}-"))))
+    parallax_gen.use_lock(None)
+
+
+class CountedStore:
+    """A store that keeps the names of the operations that it is asked for, until it is broken."""
+
+    broken = False
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.asked = store, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked.append(name)
+        if self.broken:
+            raise RuntimeError("the store is gone")
+        return getattr(self.store, name)
+
+
 def share_tuning_finds_a_rank_without_a_lock(rank: int, folder: Path) -> None:
     parallax_gen.use_lock(lock_of(folder, 24, f"{rank}-"))
     share_tuning()
@@ -308,6 +363,10 @@ CASES: tuple[Callable[[int, Path], None], ...] = (
     ranks_with_one_lock,
     ranks_may_replace_it,
     another_lock_is_found_at_a_call,
+    ranks_may_switch_it_off,
+    a_later_rank_without_a_lock_is_found_at_a_call,
+    a_later_rank_with_a_lock_is_found_at_a_call,
+    ranks_without_locks_ask_once,
     share_tuning_finds_a_rank_without_a_lock,
 )
 
