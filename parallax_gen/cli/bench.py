@@ -58,7 +58,7 @@ def parse_lengths(text: str) -> Lengths:
     help="A set of shapes, instead of --shape. parallax-kernel, serving: decode. training: the usual training steps of "
     "every head_dim. paper: decode and training at batch 1 to 2048 with 128 to 32768 keys.",
 )
-@partial(flag_options, repeatable_page_size=True)
+@partial(flag_options, for_bench=True)
 @click.option(
     "--lengths",
     type=parse_lengths,

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from parallax_gen.cli.models import ModelArgs, asked, asked_options
-from parallax_gen.cli.options import KernelArgs, chosen_gpu, complete_gpu, json_option, print_bucket, shape_option
+from parallax_gen.cli.options import (
+    KernelArgs,
+    chosen_gpu,
+    complete_gpu,
+    json_option,
+    print_bucket,
+    shape_option,
+    without_mode,
+)
 from parallax_gen.cli.text import print_json, print_tables, print_text
 from parallax_gen.errors import ArgumentError
 from parallax_gen.problem.workloads import Sizes
@@ -89,7 +97,7 @@ def list_known(
     else:
         if shape is not None:
             print_bucket(shape, (requested.op,) if requested.op else ("forward", "decode"))
-        wanted = Filter(requested.op, requested.head_dim, requested.dtype, requested.flags, shape)
+        wanted = Filter(requested.op, requested.head_dim, requested.dtype, without_mode(requested.flags), shape)
         places = [place for place in places if wanted.matches(place)]
     if every:
         chosen = set(places)

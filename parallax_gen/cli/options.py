@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from parallax_gen.cli.text import print_text
 from parallax_gen.codegen import device
+from parallax_gen.environment import BATCH_INVARIANT
 from parallax_gen.errors import ArgumentError, UnknownGpuError
-from parallax_gen.memory.place import Place
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.problem.hardware import GPUS, STAND_IN, Gpu, gpu_by_name
-from parallax_gen.problem.shapes import Shape, bucket_of, representative, sizes_of
-from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, LARGEST_HEAD_DIM, KernelSpec
+from parallax_gen.problem.shapes import bucket_of, representative, sizes_of
+from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, LARGEST_HEAD_DIM
 from parallax_gen.problem.steps import Step, step_at
 from parallax_gen.problem.workloads import (
     NO_FLAGS,
@@ -33,25 +34,15 @@ from parallax_gen.problem.workloads import (
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-SHAPE_PATTERN = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(?:(\d+)x)?(\d+)")
-
 
 def parse_sizes(text: str) -> Sizes:
     """Parse sizes such as 4,16,4096 or 1,32/8,128x4096. Raises BadParameter."""
-    match = SHAPE_PATTERN.fullmatch(re.sub(r"\s", "", text))
-    if match is None:
+    sizes = Sizes.from_text(text)
+    if sizes is None:
         raise click.BadParameter(
             f"{text!r} is not batch,heads,seqlen, such as 4,16,4096, or 1,32/8,128x4096 "
             "for 32 query heads over 8 kv heads and 128 queries over 4096 keys"
         )
-    batch, heads, kv_heads, seqlen_q, seqlen_kv = match.groups()
-    sizes = Sizes(
-        batch=int(batch),
-        heads=int(heads),
-        kv_heads=int(kv_heads or heads),
-        seqlen_q=int(seqlen_q) if seqlen_q else None,
-        seqlen_kv=int(seqlen_kv),
-    )
     try:
         sizes.for_op("decode")  # a Shape checks its sizes
     except ArgumentError as error:
@@ -80,20 +71,14 @@ class KernelArgs:
             click.echo(f"--window {window} covers all {shape.seqlen_kv} keys, so it is ignored", err=True)
         return step_at(self.op, self.head_dim or USUAL_HEAD_DIM, self.dtype or "bf16", shape, self.flags)
 
-    def kernel(self, sizes: Sizes | None) -> tuple[KernelSpec, Shape]:
-        """The only kernel of `step`."""
-        (call,) = self.step(sizes).calls
-        return call.spec, call.shape
-
     def matches(self, place: Place) -> bool:
-        """Whether a place belongs to these kernels, with any group and in any bucket of their window."""
-        window = bucket_of(Shape(1, 1, 1, 1, 1, self.flags.window or 0)).window
-        window *= has_flag(place.spec.public_op, "window")
-        shape = representative(place.bucket, place.spec.group)
-        if place.bucket.window != window or not has_kernel(self.op, place.spec):
+        """Whether calls of these kernels, with any group and at sizes of a place's bucket, get what the place has."""
+        windowed = bool(self.flags.window) and has_flag(place.spec.public_op, "window")
+        if place.spec.window != windowed or not has_kernel(self.op, place.spec):
             return False
+        shape = representative(place.bucket, place.spec.group)
         step = step_at(self.op, self.head_dim or USUAL_HEAD_DIM, self.dtype or "bf16", shape, self.flags)
-        return place.spec in [call.spec for call in step.calls]
+        return place in [place_of(place.gpu, call.spec, call.shape) for call in step.calls]
 
 
 def parse_head_dim(text: str | int) -> int:
@@ -146,21 +131,22 @@ _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in OPS_WITH_FLAG}
 _OPTIONS |= {"causal": "--causal or --full", "per_sequence_lengths": "--ragged"}
 
 
-def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Command:
+def flag_options(command: Command, *, for_bench: bool = False) -> Command:
     """Add the options that set a kernel's flags; the command gets them as one argument, `flags`.
 
-    repeatable_page_size  allow several, and 0 for no pages: the command gets `page_sizes`, and flags.page_size is 0
+    for_bench  allow several page sizes, and 0 for none: the command gets `page_sizes`, and flags.page_size is 0. The
+               process's mode does not set batch_invariant, which adds a baseline
     """
 
     @functools.wraps(command)
     def collect(**options_by_name: Any) -> Any:
         flag_values = {name: options_by_name.pop(name) for name in _OPTIONS}
-        page_size = 0 if repeatable_page_size else options_by_name.pop("page_size") or 0
+        page_size = 0 if for_bench else options_by_name.pop("page_size") or 0
         flags = Flags(page_size=page_size, cache_dtype=options_by_name.pop("cache_dtype") or "", **flag_values)
         return command(flags=flags, **options_by_name)
 
-    names = ("--page-size", *("page_sizes",) * repeatable_page_size)
-    more_help = ", 0 for none. Repeatable: every shape runs with each." if repeatable_page_size else "."
+    names = ("--page-size", *("page_sizes",) * for_bench)
+    more_help = ", 0 for none. Repeatable: every shape runs with each." if for_bench else "."
     options = (
         click.option("--causal/--full", default=None, help="Causal mask (the default), or every key."),
         click.option(
@@ -174,16 +160,27 @@ def flag_options(command: Command, *, repeatable_page_size: bool = False) -> Com
         click.option("--leftpad", is_flag=True, help="Decode only: left padding, each sequence has its own first key."),
         click.option(
             *names,
-            type=click.IntRange(min=0 if repeatable_page_size else 1),
-            multiple=repeatable_page_size,
+            type=click.IntRange(min=0 if for_bench else 1),
+            multiple=for_bench,
             metavar="N",
             help=f"Decode only: pages of N keys{more_help}",
         ),
         click.option("--softcap", is_flag=True, help="Scores s become c tanh(s/c); c is an argument of calls."),
         click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES[1:]), help="Decode only: an 8-bit cache."),
-        click.option("--batch-invariant", is_flag=True, help="A sequence's bits do not depend on the batch around it."),
+        click.option(
+            "--batch-invariant/--no-batch-invariant",
+            envvar=None if for_bench else BATCH_INVARIANT,
+            show_envvar=True,
+            help="A sequence's bits do not depend on the batch around it.",
+        ),
     )
     return with_options(collect, options)  # type: ignore[return-value]
+
+
+def without_mode(flags: Flags) -> Flags:
+    """The flags that options set: without batch_invariant if only the process's mode set it."""
+    source = click.get_current_context().get_parameter_source("batch_invariant")
+    return replace(flags, batch_invariant=flags.batch_invariant and source is not ParameterSource.ENVIRONMENT)
 
 
 def check_flags(flags: Flags, ops: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from parallax_gen.cli.options import (
     parse_head_dim,
     print_bucket,
     shape_option,
+    without_mode,
 )
 from parallax_gen.cli.text import console, print_json, print_tables, print_text
 from parallax_gen.describe import LEGEND
@@ -149,7 +150,8 @@ def tune(
 
     if model and (ops or shapes or grid):
         raise click.UsageError("--model and --for choose kernels and sizes: leave out --op, --shape and --grid")
-    if calls and (model or ops or shapes or grid or head_dims or dtypes or flags != NO_FLAGS):
+    chosen_flags = without_mode(flags) != NO_FLAGS
+    if calls and (model or ops or shapes or grid or head_dims or dtypes or chosen_flags):
         raise click.UsageError("--calls has the kernels and sizes: leave out the options that choose them")
     if grid and (shapes or ops not in ((), ("decode",))):
         raise click.UsageError("--grid needs --op decode, and no --shape")
@@ -159,7 +161,7 @@ def tune(
     if calls:
         check_file("--calls", calls)
     counts = read_calls(calls) if calls else None
-    all_places = refresh and not (model or calls or grid or shapes or flags != NO_FLAGS)
+    all_places = refresh and not (model or calls or grid or shapes or chosen_flags)
     matches = functools.partial(matches_filters, ops=ops, head_dims=head_dims, dtypes=dtypes)
     ops = ("decode",) if grid else ops or DEFAULT_OPS
     check_flags(flags, ops)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from parallax_gen.memory.place import Place
+from parallax_gen.environment import BATCH_INVARIANT, is_on
+from parallax_gen.memory.place import Place, place_of
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import representative
-from parallax_gen.problem.spec import FLAGS
+from parallax_gen.problem.spec import FLAGS, batch_invariant_spec
 
 
 def tune_command(place: Place) -> str:
@@ -38,4 +39,6 @@ def _options(place: Place) -> list[str]:
     command += ["--page-size", f"{spec.page_size}"] if spec.page_size else []
     command += ["--cache-dtype", spec.cache_dtype] if spec.cache_dtype else []
     command += ["--batch-invariant"] * spec.batch_invariant
+    if is_on(BATCH_INVARIANT) and place != place_of(place.gpu, batch_invariant_spec(spec), place.bucket):
+        command.append("--no-batch-invariant")
     return command

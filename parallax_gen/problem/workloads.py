@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -50,6 +51,9 @@ USUAL_TRAINING: dict[int, tuple[Shape, ...]] = {
 }
 
 
+_SIZES = re.compile(r"(\d+),(\d+)(?:/(\d+))?,(?:(\d+)x)?(\d+)")
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes as a user typed them, for any op; seqlen_q is None if one length was given for queries and keys."""
@@ -66,6 +70,16 @@ class Sizes:
         if seqlen_q is None:
             seqlen_q = 1 if op == "decode" else self.seqlen_kv
         return Shape(self.batch, self.heads, self.kv_heads, seqlen_q, self.seqlen_kv)
+
+    @classmethod
+    def from_text(cls, text: str) -> Sizes | None:
+        """The inverse of `str`; None for another text."""
+        match = _SIZES.fullmatch(re.sub(r"\s", "", text))
+        if match is None:
+            return None
+        batch, heads, kv_heads, seqlen_q, seqlen_kv = match.groups()
+        lengths = int(seqlen_q) if seqlen_q else None, int(seqlen_kv)
+        return cls(int(batch), int(heads), int(kv_heads or heads), *lengths)
 
     def __str__(self) -> str:
         """As a user types them: 1,32/8,128x4096."""

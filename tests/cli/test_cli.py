@@ -19,7 +19,7 @@ from parallax_gen.memory.store import Store
 from parallax_gen.problem.hardware import gpu_by_name
 from parallax_gen.problem.shapes import Bucket, Shape
 from parallax_gen.problem.spec import PUBLIC_OPS, KernelSpec
-from parallax_gen.problem.workloads import TRAINING, Flags
+from parallax_gen.problem.workloads import TRAINING, Flags, Sizes
 
 COMMANDS = (
     *("tune", "list", "show", "explain", "render", "export", "bench", "report", "ship", "db", "doctor", "completion"),
@@ -149,25 +149,30 @@ def test_a_malformed_shape_is_explained(text: str, message: str) -> None:
         parse_sizes(text)
 
 
+def kernel_of(asked: KernelArgs, sizes: Sizes | None) -> tuple[KernelSpec, Shape]:
+    (call,) = asked.step(sizes).calls
+    return call.spec, call.shape
+
+
 def test_options_select_the_kernel() -> None:
     sizes = parse_sizes("2,32/8,4096")
-    spec, shape = KernelArgs("forward", 64, "fp16").kernel(sizes)
+    spec, shape = kernel_of(KernelArgs("forward", 64, "fp16"), sizes)
     assert spec.causal
     assert (spec.group, shape) == (4, Shape(2, 32, 8, 4096, 4096))
-    assert not KernelArgs("forward", 64, "fp16", Flags(causal=False)).kernel(sizes)[0].causal
-    spec, shape = KernelArgs("decode", 64, "fp16").kernel(sizes)
+    assert not kernel_of(KernelArgs("forward", 64, "fp16", Flags(causal=False)), sizes)[0].causal
+    spec, shape = kernel_of(KernelArgs("decode", 64, "fp16"), sizes)
     assert not spec.causal
     assert shape == Shape(2, 32, 8, 1, 4096)
-    spec, shape = KernelArgs("decode", 96, "tf32").kernel(parse_sizes("2,32/8,16x4096"))
+    spec, shape = kernel_of(KernelArgs("decode", 96, "tf32"), parse_sizes("2,32/8,16x4096"))
     assert (spec.multi_token, spec.causal, spec.op) == (True, True, "decode_varlen")
     assert shape == Shape(2, 32, 8, 16, 4096)
-    assert not KernelArgs("decode", 96, "tf32", Flags(causal=False)).kernel(parse_sizes("2,32/8,16x4096"))[0].causal
-    spec, shape = KernelArgs("dkdv", 72, "tf32", Flags(window=100, varlen=True)).kernel(sizes)
+    assert not kernel_of(KernelArgs("decode", 96, "tf32", Flags(causal=False)), parse_sizes("2,32/8,16x4096"))[0].causal
+    spec, shape = kernel_of(KernelArgs("dkdv", 72, "tf32", Flags(window=100, varlen=True)), sizes)
     assert (spec.window, spec.varlen, spec.stats, shape.window) == (True, True, False, 100)
-    spec, shape = KernelArgs("preprocess", 72, "fp32").kernel(sizes)
+    spec, shape = kernel_of(KernelArgs("preprocess", 72, "fp32"), sizes)
     assert (spec.group, shape) == (1, Shape(2, 32, 32, 4096, 4096))  # preprocess depends on rows only
     for op in PUBLIC_OPS:
-        assert KernelArgs(op, 64, "bf16").kernel(None)[0].op == op  # the first usual shape
+        assert kernel_of(KernelArgs(op, 64, "bf16"), None)[0].op == op  # the first usual shape
 
 
 @pytest.mark.parametrize(
