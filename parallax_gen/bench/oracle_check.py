@@ -17,6 +17,7 @@ from torch import Tensor
 from parallax_gen.codegen.abi import Inputs
 from parallax_gen.oracle.accuracy import errors, gradient_term_sizes
 from parallax_gen.oracle.inputs import random_inputs_of
+from parallax_gen.oracle.peaked import Kind
 from parallax_gen.oracle.verify import Expected, oracle
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -74,9 +75,9 @@ def _select(x: Tensor, dim: int, indices: Sequence[int] | None) -> Tensor:
 
 
 def random_inputs_for_case(
-    op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = (), kind: str = "normal"
+    op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = (), kind: Kind = "normal"
 ) -> Inputs:
-    """Fresh random inputs; for a training step with the output's gradient. lengths: see Row. kind: in `peaked.KINDS`.
+    """Fresh random inputs; for a training step with the output's gradient. lengths: see Row. kind: see `peaked`.
 
     Keys beyond a sequence's length hold finite values, as in real use: a baseline may multiply them by 0.
     """
@@ -93,10 +94,14 @@ def random_inputs_for_case(
 def peaked_inputs(op: str, spec: KernelSpec, shape: Shape, device: str, lengths: Sequence[int] = ()) -> Inputs:
     """Fresh random inputs whose rows give most of their weight to one key that they see.
 
-    That is the first key, which sequences of all lengths have. Under a window it is each row's own key, on the diagonal
-    of the shape: in a cache only sequences with all keys have such rows.
+    It is neither the first key nor a row's own, whose scores some of our kernels take as the reference of their
+    exponentials: those would be exact there by their choice. It is the one at a tenth of the shortest sequence. Under a
+    window it is half a window before each row's own, on the diagonal of the shape: in a cache only sequences with all
+    keys have such rows.
     """
-    inputs = random_inputs_for_case(op, spec, shape, device, lengths, "own key" if spec.window else "first key")
+    fewest = min((length for length in lengths if length > 1), default=shape.seqlen_kv)
+    kind = -1 - min(shape.window, shape.seqlen_kv) // 2 if spec.window else max(1, fewest // 10)
+    inputs = random_inputs_for_case(op, spec, shape, device, lengths, kind)
     inputs.q *= _PEAKED_Q_FACTOR
     return inputs
 

@@ -114,9 +114,10 @@ def bench(
     """Time our kernels against other Parallax kernels and softmax.
 
     All kernels run in one process on the same inputs; errors are relative to an fp64 oracle. "peaked" is the output's
-    error on queries that give most of their weight to one key. With --op training the forward, the backward and both
-    are timed, through torch's autograd; "error" is the largest of output and gradients. Softmax has half the matmuls of
-    Parallax. A baseline that is not installed, or has no such kernel, gets a note instead of a time.
+    error on queries that give most of their weight to one key, neither the first nor their own. With --op training the
+    forward, the backward and both are timed, through torch's autograd; "error" is the largest of output and gradients.
+    Softmax has half the matmuls of Parallax. A baseline that is not installed, or has no such kernel, gets a note
+    instead of a time.
 
     With --batch-invariant our functions are also timed with batch_invariant=True: what it costs.
 

@@ -14,7 +14,7 @@ from parallax_gen.codegen.abi import Inputs, cache_dtype, empty_row_stats, torch
 from parallax_gen.errors import ArgumentError
 from parallax_gen.ops.base import PADDED_TO, OpKind, op_of
 from parallax_gen.oracle.kvcache import reference_cached_forward
-from parallax_gen.oracle.peaked import peaked
+from parallax_gen.oracle.peaked import Kind, peaked
 from parallax_gen.oracle.reference import Reference, reference_forward, reference_varlen_forward
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
@@ -26,12 +26,12 @@ CHECKED_SOFTCAPS = (2.0, 1e6)
 PEAKED_SOFTCAP = 30.0  # leaves peaked rows peaked
 
 
-def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str, kind: str = "normal") -> Inputs:
+def random_inputs(spec: KernelSpec, shape: Shape, *, seed: int, device: str, kind: Kind = "normal") -> Inputs:
     """Normal q, k and v of unit variance, and r scaled so that t has unit variance too; in the spec's dtype.
 
     The same seed gives the same numbers on the same kind of device.
 
-    kind  what rows attend to: see `peaked.KINDS`. For kinds other than "normal" r has unit variance
+    kind  what rows attend to: see `peaked.peaked`. For kinds other than "normal" r has unit variance
     """
     if shape.group != spec.group:
         raise ArgumentError("shape", f"{shape.group} query heads per kv head", f"{spec.group}, as the spec has")
@@ -66,7 +66,7 @@ def random_inputs_of(
     device: str,
     full: bool = False,
     lengths: Sequence[int] | None = None,
-    kind: str = "normal",
+    kind: Kind = "normal",
 ) -> Inputs:
     """Random inputs of a kernel, including outputs of the kernels before it.
 
@@ -89,7 +89,7 @@ def inputs_and_forward(
     device: str,
     full: bool,
     lengths: Sequence[int] | None = None,
-    kind: str = "normal",
+    kind: Kind = "normal",
 ) -> tuple[Inputs, Reference | None]:
     """`random_inputs_of`, and for a kernel of the backward the forward's result in float64."""
     op = op_of(spec)

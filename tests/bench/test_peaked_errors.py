@@ -119,6 +119,32 @@ def test_one_key_has_most_of_the_weight(spec: KernelSpec, shape: Shape, lengths:
     assert sum_of_squares.median() > 0.5
 
 
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (FORWARD, Shape(1, 4, 2, 200, 200)),
+        (replace(FORWARD, causal=False), Shape(1, 4, 2, 200, 200)),
+        (replace(FORWARD, window=True), Shape(1, 4, 2, 200, 200, 50)),
+        (replace(FORWARD, window=True), Shape(1, 4, 2, 16, 16, 500)),  # all keys are in the window
+        (DECODE, Shape(8, 4, 2, 1, 300)),
+        (replace(VARLEN, window=True, multi_token=True, causal=True), Shape(2, 4, 2, 3, 300, 100)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["forward", "training"])
+def test_the_key_is_no_reference_of_an_exponential(op: str, spec: KernelSpec, shape: Shape) -> None:
+    """Of the rows that see more than half of the keys: neither the first key nor the row's last has the weight."""
+    x = peaked_inputs(op if spec.op == "forward" else "decode", spec, shape, "cpu")
+    s = torch.einsum("bihd,bjhd->bhij", x.q.float(), x.k.float().repeat_interleave(2, dim=2))
+    last = torch.arange(shape.seqlen_kv - shape.seqlen_q, shape.seqlen_kv)
+    if spec.causal:
+        s = s.masked_fill(torch.arange(shape.seqlen_kv) > last[:, None], -torch.inf)
+    if spec.window:
+        s = s.masked_fill(torch.arange(shape.seqlen_kv) <= last[:, None] - shape.window, -torch.inf)
+    key, late = s.argmax(-1), last > shape.seqlen_kv // 2
+    assert ((key > 0) & (key < last))[..., late].float().mean() > 0.9
+
+
 @pytest.mark.parametrize("extent", ["whole", "sample"])
 @pytest.mark.parametrize("op", ["forward", "decode"])
 def test_a_kernel_that_is_inexact_on_peaked_rows(compare_with: Callable[..., list[Row]], op: str, extent: str) -> None:

@@ -271,11 +271,14 @@ def test_rows_have_the_weight_where_their_kind_says() -> None:
     """More than half of it, in more than seven of ten late rows."""
     spec, shape = KernelSpec("forward", 128, "bf16", 2, causal=True), Shape(1, 4, 2, 200, 200)
     keys = {"first key": [0], "one key": [20], "two keys": [20, 140], "twin keys": [20, 21], "six alike": range(20, 26)}
-    for kind in (*keys, "own key", "normal"):
+    for kind in (*keys, "own key", "normal", 7, -40):
         x = random_inputs(spec, shape, seed=3, device="cpu", kind=kind)
         s = torch.einsum("bihd,bjhd->bhij", x.q.float(), x.k.float().repeat_interleave(2, dim=2)) / 128**0.5
         p = s.masked_fill(torch.ones(200, 200, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)[:, :, 150:]
-        weight = p.diagonal(150, -2, -1) if kind == "own key" else p[..., list(keys.get(kind, [20]))].sum(-1)
+        if kind in ("own key", -40):  # the diagonal, or the one 39 keys before it
+            weight = p.diagonal(150 if kind == "own key" else 111, -2, -1)
+        else:
+            weight = p[..., [kind] if isinstance(kind, int) else list(keys.get(kind, [20]))].sum(-1)
         share = (weight > 0.5).float().mean()
         assert share > 0.7 if kind != "normal" else share == 0, (kind, share)
 
@@ -284,5 +287,7 @@ def test_kinds_and_lengths_are_checked() -> None:
     spec = KernelSpec("decode", 64, "bf16", 1)
     with pytest.raises(ArgumentError, match="kind: got 'twin'; allowed: normal, first key"):
         random_inputs(spec, Shape(1, 1, 1, 1, 64), seed=0, device="cpu", kind="twin")
+    with pytest.raises(ArgumentError, match="kind: got 64; allowed: a key of the 64"):
+        random_inputs(spec, Shape(1, 1, 1, 1, 64), seed=0, device="cpu", kind=64)
     with pytest.raises(ArgumentError, match="k: got seqlen_kv 15; allowed: at least 16"):
         random_inputs(spec, Shape(1, 1, 1, 1, 15), seed=0, device="cpu", kind="one key")

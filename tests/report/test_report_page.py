@@ -77,6 +77,7 @@ def test_every_section_has_its_figures(page: Page) -> None:
     assert "num_warps" in page.texts["knobs"]
     assert "1.48" in page.texts["speed"]
     assert "on peaked inputs" in page.texts["speed"]
+    assert "The key is at a tenth of the shortest sequence" in " ".join(page.texts["speed"].split())
     assert all(error in page.texts["speed"] for error in ("2.2e-03", "1.6e-03", "2.3e-03"))
     for outcome in ("slow", "resources", "compile", "timeout", "crash", "wrong", "invalid"):
         assert outcome in page.texts["failures"]
