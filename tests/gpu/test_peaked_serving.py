@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from peaked_on_card import of_rounding, softmax_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from parallax_gen import parallax_attn_func, parallax_attn_with_kvcache
-from parallax_gen.codegen.abi import Inputs
+from parallax_gen.codegen.abi import Inputs, torch_dtype
 from parallax_gen.codegen.build import load
 from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.codegen.render import render
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.oracle import verify
-from parallax_gen.oracle.accuracy import tolerance
 from parallax_gen.oracle.inputs import softmax_scale
 from parallax_gen.oracle.kvcache import reference_cached_forward
 from parallax_gen.oracle.peaked import KINDS, peaked
@@ -30,10 +30,8 @@ from parallax_gen.problem.spec import KernelSpec
 
 pytestmark = pytest.mark.gpu
 
-OF_SOFTMAX = 1.3  # times its error; at most 1.25 in the interpreter
-# The error of an output's rounding alone. Where softmax attention is a row of v almost exactly, it has not even that;
-# Parallax attention is no row of v.
-OF_OUTPUT = tolerance("bf16") / 6
+# Times its error. The interpreter's cases, of 32 rows, have up to 1.35, the mean of their seeds less than 1.25.
+OF_SOFTMAX = 1.3
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 128
 # What rows attend to: one of KINDS, or keys by their index, negative from the end: query head h to the h-th, in turn.
 Kind = str | tuple[int, ...]
@@ -50,6 +48,8 @@ class Case:
     window: int | None = None
     cache_dtype: torch.dtype | None = None
     probes: float = 1.0
+    head_dim: int = HEAD_DIM
+    dtype: str = "bf16"
 
 
 OWN_LENGTHS = Case(lengths=(700, 33, 64, 65, 128, 500, 501, 699, 16, 17, 95, 350, 256, 257, 640, 130))
@@ -64,6 +64,12 @@ CASES = {
     "multi-token queries": MULTI_TOKEN,
     "left padding": PADDED,
     "window": replace(MULTI_TOKEN, window=600),
+    "decode, fp16": Case(dtype="fp16"),
+    "decode, head_dim 64": Case(head_dim=64),
+    "fp16, head_dim 64": replace(OWN_LENGTHS, dtype="fp16", head_dim=64),
+    "pages, head_dim 64": replace(OWN_LENGTHS, page_size=16, head_dim=64),
+    "multi-token queries, fp16": replace(MULTI_TOKEN, dtype="fp16"),
+    "e4m3, head_dim 64": replace(OWN_LENGTHS, cache_dtype=torch.float8_e4m3fn, head_dim=64),
 }
 
 
@@ -73,13 +79,14 @@ class Call:
 
     arguments: dict[str, Any]
     softmax: tuple[Tensor, Tensor]
+    dtype: str
 
     def assert_close(self, out: Any) -> None:
         """The error of Parallax attention is that of softmax attention."""
         expected, (rounded, exact) = reference_cached_forward(**self.arguments), self.softmax
         ours, of_softmax = row_errors(out, expected.out, expected.v_mean), row_errors(rounded, exact, exact)
         # A mean over rows: those with a dominating key count like others, whose output may be ten times as large.
-        assert mean_of(ours) <= OF_SOFTMAX * max(mean_of(of_softmax), OF_OUTPUT)
+        assert mean_of(ours) <= OF_SOFTMAX * max(mean_of(of_softmax), of_rounding(self.dtype))
 
 
 def row_errors(out: Tensor, ref: Tensor, v_mean: Tensor) -> Tensor:
@@ -106,27 +113,26 @@ def call_of(case: Case, kind: Kind) -> Call:
     draw = torch.Generator("cuda").manual_seed(1)
 
     def normal(seqlen: int, heads: int) -> Tensor:
-        return torch.randn(1, seqlen, heads, HEAD_DIM, device="cuda", generator=draw)
+        return torch.randn(1, seqlen, heads, case.head_dim, device="cuda", generator=draw)
 
+    dtype = torch_dtype(case.dtype)
     ends = [length + pad for length, pad in zip(case.lengths, case.pads, strict=True)]
-    size = (len(ends), max(ends), KV_HEADS, HEAD_DIM)
-    k_cache, v_cache = (torch.full(size, float("nan"), device="cuda").bfloat16() for _ in range(2))
-    if case.cache_dtype:
-        k_cache, v_cache = k_cache.to(case.cache_dtype), v_cache.to(case.cache_dtype)
+    size = (len(ends), max(ends), KV_HEADS, case.head_dim)
+    k_cache, v_cache = (torch.full(size, float("nan"), device="cuda").to(case.cache_dtype or dtype) for _ in range(2))
     # powers of two, by which a product is exact
     k_scale, v_scale = (0.5, 2.0) if case.cache_dtype else (1.0, 1.0)
     queries, softmax = [], []
     for b, (length, end) in enumerate(zip(case.lengths, ends, strict=True)):
         q, k = attending(kind, normal(case.queries, HEADS), normal(length, KV_HEADS), draw)
-        q, k, v = q.bfloat16(), (k / k_scale).to(k_cache.dtype), (normal(length, KV_HEADS) / v_scale).to(v_cache.dtype)
+        q, k, v = q.to(dtype), (k / k_scale).to(k_cache.dtype), (normal(length, KV_HEADS) / v_scale).to(v_cache.dtype)
         for cache, x in ((k_cache, k), (v_cache, v)):
             cache[b, end - length : end] = x[0]
         queries.append(q)
         softmax.append(softmax_attention(q, k.double() * k_scale, v.double() * v_scale, case.window))
     q = torch.cat(queries)
     r = case.probes * torch.randn(q.shape, device="cuda", generator=draw)
-    arguments: dict[str, Any] = {"q": q, "r": r.bfloat16(), "k_cache": k_cache, "v_cache": v_cache}
-    if case != Case(probes=case.probes):
+    arguments: dict[str, Any] = {"q": q, "r": r.to(dtype), "k_cache": k_cache, "v_cache": v_cache}
+    if case != Case(probes=case.probes, head_dim=case.head_dim, dtype=case.dtype):
         arguments["cache_seqlens"] = torch.tensor(ends, dtype=torch.int32, device="cuda")
     if any(case.pads):
         arguments["cache_leftpad"] = torch.tensor(case.pads, dtype=torch.int32, device="cuda")
@@ -137,20 +143,7 @@ def call_of(case: Case, kind: Kind) -> Call:
     arguments |= {"causal": True} if case.queries > 1 or case.window else {}
     arguments |= {"window_size": case.window} if case.window else {}
     rounded, exact = (torch.cat(outs) for outs in zip(*softmax, strict=True))
-    return Call(arguments, (rounded, exact))
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Causal softmax attention, with p and the output rounded to q's dtype as kernels do, and exact."""
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    s = torch.einsum("bihd,bjhd->bhij", q.double(), k) * q.shape[-1] ** -0.5
-    last = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
-    keys = torch.arange(k.shape[1], device=q.device)
-    s = s.masked_fill((keys > last) | (keys <= last - (window or k.shape[1])), -torch.inf)
-    p = (s - s.amax(-1, keepdim=True)).exp()
-    rounded, exact = (torch.einsum("bhij,bjhd->bihd", w, v) for w in (p.to(q.dtype).double(), p))
-    total = p.sum(-1).transpose(1, 2)[..., None]
-    return (rounded / total).to(q.dtype), exact / total
+    return Call(arguments, (rounded, exact), case.dtype)
 
 
 def in_pages(k_cache: Tensor, v_cache: Tensor, page_size: int) -> dict[str, Tensor]:
@@ -224,7 +217,7 @@ def test_splits(op: str, merge: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_serving_is_close_to_the_rows_of_training(kind: str, batch_invariant: bool) -> None:
     """The last 128 rows of 4 heads, by the forward, by decode with own lengths, and as a chunk of the prompt. They have
-    up to 1.6 and 1.25 times softmax attention's error, and errors are independent: sqrt(2) * 1.5, and 10 % for the
+    up to 1.6 and 1.4 times softmax attention's error, and errors are independent: sqrt(2) * 1.5, and 10 % for the
     spread of a percentile."""
     draw = torch.Generator("cuda").manual_seed(1)
     q, r, k, v = (torch.randn(1, 700, heads, HEAD_DIM, device="cuda", generator=draw) for heads in (4, 4, 2, 2))
@@ -244,4 +237,4 @@ def test_serving_is_close_to_the_rows_of_training(kind: str, batch_invariant: bo
     of_softmax = float(row_errors(softmax, v_mean, v_mean).quantile(0.99))
     for served in (decoded[:, 0], chunk[0]):
         apart = row_errors(out + served.double() - trained.double(), out, v_mean).quantile(0.99)
-        assert apart <= 1.1 * 2**0.5 * 1.5 * max(of_softmax, OF_OUTPUT)
+        assert apart <= 1.1 * 2**0.5 * 1.5 * max(of_softmax, of_rounding("bf16"))
