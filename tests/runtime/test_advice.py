@@ -167,6 +167,7 @@ def test_an_invalid_switch_is_an_error(monkeypatch: pytest.MonkeyPatch, variable
 
 def test_only_rank_0_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     assert warnings_of_calls(Dispatcher(RecordTable([])), PLACE) == []
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
