@@ -115,20 +115,6 @@ class ParallaxAttnBackend(AttentionBackend):
 
     # -- a layer
 
-    def forward_decode(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        *,
-        r: Tensor | None = None,
-    ) -> Tensor:
-        """A decode step: one token of each request. q, r: (tokens, heads * head_dim). Returns the output, like q."""
-        return self._attend(q, r, k, v, layer, forward_batch, save_kv_cache)
-
     def forward_extend(
         self,
         q: Tensor,
@@ -140,27 +126,17 @@ class ParallaxAttnBackend(AttentionBackend):
         *,
         r: Tensor | None = None,
     ) -> Tensor:
-        """Chunks of prompts, and decode steps among them."""
-        return self._attend(q, r, k, v, layer, forward_batch, save_kv_cache)
+        """The attention of a step's tokens: a token of each request, chunks of prompts, or both.
 
-    forward_mixed = forward_extend
-
-    def _attend(
-        self,
-        q: Tensor,
-        r: Tensor | None,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool,
-    ) -> Tensor:
+        q, r: (tokens, heads * head_dim). Returns the output, like q.
+        """
         metadata = self.forward_metadata
         assert metadata is not None
         if r is None:
             raise ArgumentError("r", None, "the probes: this backend serves layers of ParallaxRadixAttention alone")
         if layer.is_cross_attention or layer.attn_type.value != "decoder":
             raise ArgumentError("layer", f"attention of type {layer.attn_type.value}", "causal self-attention")
+        r = r[: q.shape[0]]  # SGLang cuts the padding off q, k and v, but not off r, which it does not know
         k_scale, v_scale = layer.k_scale, layer.v_scale
         if save_kv_cache and k is not None and v is not None:
             loc = forward_batch.out_cache_loc
@@ -180,9 +156,7 @@ class ParallaxAttnBackend(AttentionBackend):
         shape = (-1, *heads) if metadata.cu_seqlens_q is not None else (-1, 1, *heads)
         out = parallax_attn_with_kvcache(
             q.view(shape),
-            r[: q.shape[0]].view(
-                shape
-            ),  # SGLang cuts the padding off q, k and v, but not off arguments it does not know
+            r.view(shape),
             k_pages,
             v_pages,
             cache_seqlens=metadata.cache_seqlens,
@@ -198,6 +172,9 @@ class ParallaxAttnBackend(AttentionBackend):
             v_scale=_scale(v_scale) if is_8_bit else None,
         )
         return out.view(q.shape[0], -1)
+
+    # What differs between kinds of steps is in the metadata.
+    forward_decode = forward_mixed = forward_extend
 
 
 def _scale(scale: Tensor | None) -> Tensor | None:
