@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -85,8 +86,21 @@ def fake_parallax_kernel(attend: Callable[..., Tensor]) -> ModuleType:
 
 
 def fake_fla(attend: Callable[..., Tensor]) -> ModuleType:
+    """A fake package. Packed sequences are one batch entry."""
+
+    def parallel_parallax(
+        q: Tensor, r: Tensor, k: Tensor, v: Tensor, window_size: int | None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        if cu_seqlens is None:
+            return attend(q, r, k, v, window_size)
+        assert len(q) == 1
+        assert cu_seqlens.dtype == torch.int64
+        ends = cu_seqlens.tolist()
+        parts = [[x[:, a:b] for x in (q, r, k, v)] for a, b in itertools.pairwise(ends)]
+        return torch.cat([attend(*part, window_size) for part in parts], 1)
+
     module = ModuleType("fla.ops.parallax.parallel")
-    module.parallel_parallax = lambda q, r, k, v, window_size: attend(q, r, k, v, window_size)  # type: ignore[attr-defined]
+    module.parallel_parallax = parallel_parallax  # type: ignore[attr-defined]
     return module
 
 
@@ -135,9 +149,18 @@ def test_baselines_without_packed_sequences_have_a_note(clock: Clock, varlen: bo
     spec = KernelSpec("forward", 64, "bf16", group=2, causal=True, stats=True, varlen=varlen)
     rows = compare(TRAINING, spec, SHAPE)
     assert all(row.time_us and row.error < tolerance("bf16") for row in rows_of(rows, "parallax_gen").values())  # type: ignore[operator]
-    for name in ("parallax-kernel Triton", "fla", "SDPA flash"):
+    for name in ("parallax-kernel Triton", "SDPA flash"):
         notes = {row.note.partition(":")[0] for row in rows_of(rows, name).values()}
         assert (notes == {"not supported"}) is varlen
+    assert all(row.time_us and row.error < tolerance("bf16") for row in rows_of(rows, "fla").values())  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("_fake_baselines")
+def test_fla_is_refused_packed_prompts_with_caches() -> None:
+    spec = KernelSpec("forward", 64, "bf16", group=2, causal=True, varlen=True)
+    x = random_inputs_for_case("forward", spec, Shape(2, 4, 2, 24, 40), "cpu")
+    with pytest.raises(NotImplementedError, match="as many queries as keys"):
+        BASELINES["fla"].prepare("forward", spec, x)
 
 
 def test_rounding_of_a_zero_gradient_is_no_error() -> None:

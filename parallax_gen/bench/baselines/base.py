@@ -160,10 +160,15 @@ def refuse_unsupported(spec: KernelSpec, *, lengths: str = "", **reasons: str) -
             raise NotImplementedError(reason)
 
 
-def require_dense_causal(spec: KernelSpec) -> None:
-    """Raise NotImplementedError unless the spec is dense and causal, as other packages' training kernels are."""
+def require_causal(spec: KernelSpec) -> None:
+    """Raise NotImplementedError unless the spec is causal, as other packages' training kernels are."""
     if not spec.causal:
         raise NotImplementedError("causal attention only")
+
+
+def require_dense_causal(spec: KernelSpec) -> None:
+    """Raise NotImplementedError unless the spec is dense and causal."""
+    require_causal(spec)
     refuse_unsupported(spec, varlen="its packed sequences are not benchmarked")
 
 

@@ -13,7 +13,7 @@ from parallax_gen.bench.baselines.base import (
     gradient_of_output,
     leaves,
     refuse_unsupported,
-    require_dense_causal,
+    require_causal,
 )
 from parallax_gen.problem.spec import KernelSpec
 
@@ -40,8 +40,21 @@ def step(spec: KernelSpec, x: Inputs) -> Step:
 
 def _attention(spec: KernelSpec, x: Inputs, *qrkv: Tensor) -> AttentionCall:
     fla = importlib.import_module("fla.ops.parallax.parallel")
-    require_dense_causal(spec)
-    return lambda: fla.parallel_parallax(*qrkv, window_size=x.window_size or None)
+    require_causal(spec)
+    window = x.window_size or None
+    if not spec.varlen:
+        return lambda: fla.parallel_parallax(*qrkv, window_size=window)
+    assert x.cu_seqlens_q is not None
+    assert x.cu_seqlens_k is not None
+    if not x.cu_seqlens_q.equal(x.cu_seqlens_k):
+        raise NotImplementedError("as many queries as keys in every packed sequence")
+    packed, cu_seqlens = [t[None] for t in qrkv], x.cu_seqlens_q.long()
+
+    def call() -> Tensor:
+        out: Tensor = fla.parallel_parallax(*packed, window_size=window, cu_seqlens=cu_seqlens)
+        return out[0]
+
+    return call
 
 
 BASELINES = (Baseline("fla", forward, decode, step, packages=("fla-core",)),)
