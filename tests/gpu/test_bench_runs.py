@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from parallax_gen.cli import main
 from parallax_gen.oracle.accuracy import tolerance
+from parallax_gen.tuning.workers.measure import time_call, time_eagerly
 
 pytestmark = pytest.mark.gpu
 
@@ -54,3 +56,17 @@ def test_a_shape_that_does_not_fit_is_skipped() -> None:
     done = CliRunner().invoke(main, ["bench", "--op", "decode", "--shape", "2048,64,131072", *BASELINE_OPTIONS])
     assert done.exit_code == 0, done.output
     assert "skipped: inputs and results take " in done.stdout
+
+
+def test_random_numbers_after_a_failed_capture() -> None:
+    """torch's generator on the card expects a graph until a capture succeeds."""
+    x = torch.ones(64, device="cuda")
+
+    def waits_for_the_card() -> float:
+        return float(x.sum())
+
+    with pytest.raises(RuntimeError, match="captur"):
+        time_call(waits_for_the_card, timed_ms=1.0)
+    torch.cuda.synchronize()
+    assert time_eagerly(waits_for_the_card, 3).median_us > 0
+    assert torch.randn(64, device="cuda").isfinite().all()

@@ -75,13 +75,20 @@ class Step:
 
         stream = torch.cuda.current_stream() if self.do.is_cuda else None
         if self._last_forward is None or self._last_forward[0] != stream:
+            self._forget_forward()
             self._last_forward = (stream, self.attend())
         return torch.autograd.grad(self._last_forward[1], self.inputs, self.do, retain_graph=True)
 
     def forward_and_backward(self) -> tuple[Tensor, ...]:
         import torch
 
+        self._forget_forward()
         return torch.autograd.grad(self.attend(), self.inputs, self.do)
+
+    def _forget_forward(self) -> None:
+        """Free the graph of the last untimed forward: autograd's nodes of the inputs, which it keeps, belong to its
+        stream, and a capture on another stream fails where it has to wait for that one."""
+        self._last_forward = None
 
     def results(self) -> dict[str, Tensor]:
         """The output and the gradients by name, computed once."""

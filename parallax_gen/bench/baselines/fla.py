@@ -48,10 +48,11 @@ def _attention(spec: KernelSpec, x: Inputs, *qrkv: Tensor) -> AttentionCall:
     assert x.cu_seqlens_k is not None
     if not x.cu_seqlens_q.equal(x.cu_seqlens_k):
         raise NotImplementedError("as many queries as keys in every packed sequence")
-    packed, cu_seqlens = [t[None] for t in qrkv], x.cu_seqlens_q.long()
+    cu_seqlens = x.cu_seqlens_q.long()
 
     def call() -> Tensor:
-        out: Tensor = fla.parallel_parallax(*packed, window_size=window, cu_seqlens=cu_seqlens)
+        # Views of each call's own, because autograd runs their backward on the stream on which they were made.
+        out: Tensor = fla.parallel_parallax(*(t[None] for t in qrkv), window_size=window, cu_seqlens=cu_seqlens)
         return out[0]
 
     return call

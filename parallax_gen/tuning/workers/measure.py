@@ -146,9 +146,17 @@ class _Graph:
 
 
 def time_eagerly(call: Callable[[], object], calls: int) -> Timing:
-    """Time a call that no graph can capture. It is launched from Python, so the host's time counts if it is longer."""
+    """Time a call whose capture has failed. It is launched from Python, so the host's time counts if it is longer."""
+    _reset_generator()
     call()
     return _timing(event_times_us(call, calls), 1)
+
+
+def _reset_generator() -> None:
+    """Let torch draw random numbers on the card again: after a failed capture its generator still expects the graph,
+    until another capture has succeeded."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.empty(1, device="cuda").zero_()
 
 
 def event_times_us(call: Callable[[], object], count: int) -> list[float]:
