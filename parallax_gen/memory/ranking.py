@@ -7,8 +7,9 @@ Triton or ptxas may have compiled it. Tiers, best first:
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
 3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200; not for
    preprocess, whose speed depends on its own card's memory
-4. near bucket: the same kernel in a near bucket: first with other lengths, then with another kv_rows; only for
-   decode of equal lengths, where measurements (docs/borrowing.md) put it ahead of the default
+4. near bucket: the same kernel in a near bucket: first with other lengths, then with another kv_rows; for decode of one
+   query per sequence, where measurements (docs/borrowing.md) put it ahead of the default. For other kernels only where
+   the fastest config there is this place's default: then a measurement supports the config that the call would get
 5. default: the heuristics
 
 Within a tier the same toolchain goes first, then the newest; times are compared only within one card and toolchain. The
@@ -84,10 +85,13 @@ def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None 
             yield from (Candidate(tier, r.config, r) for r in search.measured if usable(r))
     for search in sibling_searches:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if usable(r))
-    for near in borrowable_near_places(place):
+    any_config = op_of(place.spec).uses_near_records(place.spec)
+    for near in near_places(place):
         for search in _searches(memory.results(near), here):
-            record = None if search.unknown_knob(default) else next(filter(usable, search.measured), None)
-            if record is not None:
+            if search.unknown_knob(default) or not (any_config or search.measured[0].config == default):
+                continue
+            record = next(filter(usable, search.measured), None)
+            if record is not None and (any_config or record.config == default):
                 yield Candidate(Tier.NEAR_BUCKET, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
 
@@ -208,8 +212,12 @@ def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
 
 
 def borrowable_near_places(place: Place) -> list[Place]:
-    """`near_places` if measurements put their records ahead of the default (decode of equal lengths); symmetric."""
-    return list(near_places(place)) if op_of(place.spec).uses_near_records else []
+    """The `near_places` without whose records the place's calls may get other configs; symmetric.
+
+    All of them for ops that borrow any config. Where a near record can only support the default, calls get the default
+    without it too.
+    """
+    return list(near_places(place)) if op_of(place.spec).uses_near_records(place.spec) else []
 
 
 def siblings(gpu: Gpu) -> list[str]:

@@ -74,7 +74,8 @@ class Borrowed:
 class Summary:
     """The slowdown of the choices of one kind, and the slowdown of the default at the same places.
 
-    kind        the op; for decode also whether lengths are per sequence, and whether the cache is paged
+    kind        the op; for decode also whether lengths are per sequence, whether sequences have several queries, and
+                whether the cache is paged
     choice      one of CHOICES
     places      how many places have measurements of both the choice and the default; means and worst are over these
     unmeasured  how many places lack one of the two measurements
@@ -158,7 +159,8 @@ def summarise(choices: Iterable[Borrowed]) -> list[Summary]:
 def kind_of(spec: KernelSpec) -> str:
     """The op, and for decode the properties of its cache that determine its speed."""
     lengths = f", {PER_SEQUENCE_LENGTHS_TEXT}" if op_of(spec).per_sequence_lengths else ""
-    return f"{spec.public_op}{lengths}{', paged' if spec.page_size else ''}"
+    flags = [text for text, is_set in (("prompts", spec.multi_token), ("paged", spec.page_size)) if is_set]
+    return ", ".join([f"{spec.public_op}{lengths}", *flags])
 
 
 def _summary(kind: str, choice: str, choices: list[Borrowed]) -> Summary:

@@ -118,12 +118,30 @@ def test_near_buckets_of_decode_have_priority_over_the_default_along_keys_first(
     assert best(DECODE, GPU, RecordTable(record(1.0, config, place) for place in further)).record is None
 
 
-@pytest.mark.parametrize("spec", [SPEC, KernelSpec("decode_varlen", 128, "bf16", group=4)])
-def test_near_buckets_of_other_ops_are_not_borrowed(spec: KernelSpec) -> None:
-    place = Place(GPU.name, spec, Bucket(8, 1 if spec.public_op == "decode" else 4096, 4096))
-    bucket = dataclasses.replace(place.bucket, seqlen_kv=8192)
-    near_record = record(config=default_of(place, GPU), place=dataclasses.replace(place, bucket=bucket))
-    assert best(place, GPU, RecordTable([near_record])).record is None
+def test_near_buckets_of_decode_with_per_sequence_lengths_are_borrowed_too() -> None:
+    place = dataclasses.replace(DECODE, spec=KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=16))
+    config = dataclasses.replace(default_of(place, GPU), num_warps=4, BLOCK_N=64)
+    near_record = record(config=config, place=dataclasses.replace(place, bucket=Bucket(8, 1, 8192)))
+    assert best(place, GPU, RecordTable([near_record])).record == near_record
+
+
+PROMPTS = KernelSpec("decode_varlen", 128, "bf16", group=4, causal=True, varlen=True, multi_token=True)
+
+
+@pytest.mark.parametrize(("spec", "seqlen_q"), [(SPEC, 4096), (PROMPTS, 2048)])
+def test_near_buckets_of_other_kernels_only_support_the_default(spec: KernelSpec, seqlen_q: int) -> None:
+    """A record of the default is chosen, unless another config is faster there."""
+    place = Place(GPU.name, spec, Bucket(32, seqlen_q, 4096))
+    lengths = {"seqlen_kv": 8192} | ({"seqlen_q": 8192} if seqlen_q == 4096 else {})
+    near_place = dataclasses.replace(place, bucket=dataclasses.replace(place.bucket, **lengths))
+    default = default_of(place, GPU)
+    other = dataclasses.replace(default, num_stages=default.num_stages - 1)
+    of_default, of_other = record(9.0, default, near_place), record(8.0, other, near_place)
+    choice = best(place, GPU, RecordTable([of_default]))
+    assert (choice.tier, choice.config, choice.record) == (Tier.NEAR_BUCKET, default, of_default)
+    for records in ([of_other], [of_other, of_default]):
+        choice = best(place, GPU, RecordTable(records))
+        assert (choice.tier, choice.config) == (Tier.DEFAULT, default)
 
 
 def test_the_smallest_buckets_have_near_buckets() -> None:

@@ -164,7 +164,7 @@ def test_shipped_records_are_used_with_any_triton(monkeypatch: pytest.MonkeyPatc
             if choice.record is None:
                 assert choice.config == default_of(place, card)
                 assert all(unusable_records(place, card, choice.config, memory))
-                defaults += 1
+                defaults += place.spec.op != "preprocess"  # which takes no records of other cards
                 continue
             assert is_rendered(choice.record, card)
             assert choice.config == choice.record.config
@@ -173,7 +173,6 @@ def test_shipped_records_are_used_with_any_triton(monkeypatch: pytest.MonkeyPatc
             here = choice.record.evidence.toolchain.compiles_like(Toolchain(triton, cuda))
             own = Tier.MEASURED_HERE if here else Tier.OTHER_TOOLCHAIN
             assert choice.candidate.tier == (own if same_card else Tier.SIBLING_CARD)
-    # Seven are the H100's of preprocess, which takes no records of other cards.
     assert defaults <= len(places) * len(TRITONS) / 50
 
 

@@ -170,3 +170,19 @@ def test_the_evidence_has_62_places_with_the_defaults_time(path: Path) -> None:
     assert len({record.place for record in records}) == 62
     for measured in comparable_times(records):
         assert measured.slowdown(default_of(measured.place, GPU)) is not None
+
+
+def test_near_buckets_lose_less_than_the_default_for_one_query_and_more_for_prompts() -> None:
+    """What `uses_near_records` follows for caches with per-sequence lengths."""
+    measured = read_results(Path(__file__).parents[1] / "data" / "near_buckets" / "h200_triton39.jsonl")
+    choices = [choice for comparable in comparable_times(measured) for choice in borrowed(comparable, measured)]
+    seen = set()
+    for summary in summarise(choices):
+        if summary.choice == NEAREST:
+            assert summary.mean is not None
+            assert summary.default_mean is not None
+            many_queries = "prompts" in summary.kind
+            assert (summary.mean < summary.default_mean) is not many_queries
+            assert summary.places > 15
+            seen.add(summary.kind)
+    assert len(seen) == 4
