@@ -203,6 +203,7 @@ def text(x: int, y: int, content: str, weight: str = "normal", anchor: str = "st
 
 TABLE_OF_CARDS = re.compile(r"^\| card \|.*\n(\|.*\n)+", flags=re.MULTILINE)
 OLDEST_TRITON = (3, 5)  # pyproject.toml
+TRITONS_OF_AMD = ("3.6", "3.9")  # with which kernels were compiled for AMD GPUs
 TRITONS = [f"{OLDEST_TRITON[0]}.{minor}" for minor in range(OLDEST_TRITON[1], NEWEST_TESTED[1] + 1)]
 
 
@@ -217,16 +218,20 @@ def cards_table() -> str:
     columns = sorted({triton for counts in shipped.values() for triton in counts})
     others = [triton for triton in TRITONS if triton not in columns]
     groups: dict[tuple[str, ...], list[str]] = {}
-    for gpu in sorted(GPUS.values(), key=lambda gpu: (not borrows(gpu, shipped), not shipped.get(gpu.name), gpu.arch)):
+    for gpu in sorted(GPUS.values(), key=lambda gpu: sort_key(gpu, shipped)):
         cells = [status(gpu, triton, shipped) for triton in columns]
         missing = ", ".join(triton for triton in others if not compiles(gpu, triton))
         cells.append(status(gpu, "", shipped) + (f", but not by {missing}" if missing else ""))
         own_row = gpu.name if gpu.name in shipped else ""
-        groups.setdefault((own_row, ".".join(map(str, gpu.capability)), *cells), []).append(gpu.title)
+        groups.setdefault((own_row, gpu.gfx or ".".join(map(str, gpu.capability)), *cells), []).append(gpu.title)
     lines = [["card", "capability", *(f"Triton {triton}" for triton in columns), f"Triton {', '.join(others)}"]]
     lines += [["---"] * len(lines[0])]
     lines += [[", ".join(map(short, titles)), *cells] for (_, *cells), titles in groups.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def sort_key(gpu: Gpu, shipped: dict[str, dict[str, int]]) -> tuple[object, ...]:
+    return gpu.is_amd, not borrows(gpu, shipped), not shipped.get(gpu.name), gpu.capability, gpu.gfx
 
 
 def current_places(name: str) -> dict[str, int]:
@@ -241,6 +246,8 @@ def current_places(name: str) -> dict[str, int]:
 def status(gpu: Gpu, triton: str, shipped: dict[str, dict[str, int]]) -> str:
     if count := shipped.get(gpu.name, {}).get(triton):
         return f"measured: {count}"
+    if gpu.is_amd and triton not in TRITONS_OF_AMD:
+        return "untested"
     return "borrowed" if borrows(gpu, shipped) else "compiled"
 
 

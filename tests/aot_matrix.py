@@ -1,6 +1,6 @@
-"""The defaults of all ops, compiled ahead of time for every capability in the table of GPUs: what fits, what spills.
+"""The defaults of all ops, compiled ahead of time for every architecture in the table of GPUs: what fits, what spills.
 
-    python tests/aot_matrix.py [--capability 8.0]... [--kind dkdv]... [--dtype bf16]... [--jobs 2] [--all]
+    python tests/aot_matrix.py [--capability sm_80]... [--kind dkdv]... [--dtype bf16]... [--jobs 2] [--all]
 
 It prints a table of the capabilities, then the kernels that do not fit, do not compile, or spill much. The cards of a
 capability have the same limits and run the same machine code, so that a config that several of them have by default is
@@ -28,8 +28,10 @@ from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import KernelSpec
 
-# One card of each capability, for its limits.
-CARDS: dict[str, Gpu] = {f"sm_{gpu.arch}": gpu for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.arch)}
+# One card of each architecture, for its limits.
+CARDS: dict[str, Gpu] = {
+    gpu.target: gpu for gpu in sorted(GPUS.values(), key=lambda gpu: (gpu.is_amd, gpu.capability, gpu.gfx))
+}
 HEAD_DIMS = (64, 96, 128, 192, 256)
 DTYPES = ("bf16", "fp16", "tf32")
 MANY_SPILLS = 200  # bytes per thread; dispatch's guard lets a borrowed kernel spill 128 more than the default
@@ -78,7 +80,7 @@ def specs_of(kind: str, head_dim: int, dtype: str) -> list[KernelSpec]:
 
 
 def jobs_of(kind: str, capability: str, dtypes: Sequence[str] = DTYPES) -> list[Job]:
-    """The distinct defaults of a kind of kernel on the cards of a capability, such as "sm_90"."""
+    """The distinct defaults of a kind of kernel on the cards of a capability, such as "sm_90", or "gfx942"."""
     jobs: dict[object, Job] = {}
     for head_dim in HEAD_DIMS:
         for dtype in dtypes:
@@ -86,7 +88,7 @@ def jobs_of(kind: str, capability: str, dtypes: Sequence[str] = DTYPES) -> list[
                 for bucket in BUCKETS[kind]:
                     shape = representative(replace(bucket, window=128 if spec.window else 0), spec.group)
                     for gpu in GPUS.values():
-                        if f"sm_{gpu.arch}" == capability:
+                        if gpu.target == capability and (gpu.has_tf32 or spec.dtype != "tf32"):
                             config = default_config(spec, shape, gpu)
                             jobs.setdefault((spec, config), Job(spec, config, gpu, shape))
     return list(jobs.values())
@@ -112,7 +114,7 @@ class Row:
         return self.resources.spills if self.resources else 0
 
     def __str__(self) -> str:
-        return f"sm_{self.job.gpu.arch}: {self.job.spec}: {self.job.config}: {self.resources or self.error}"
+        return f"{self.job.gpu.target}: {self.job.spec}: {self.job.config}: {self.resources or self.error}"
 
 
 def compiled(job: Job) -> Row:

@@ -78,19 +78,31 @@ class _MemoryAllocated(BaseException):
 
 
 def stop_after_memory_allocation() -> None:
-    """Patch Triton's compiler to stop after the allocation of shared memory, before machine code."""
-    from triton.backends.nvidia import compiler
+    """Patch Triton's compilers to stop after the allocation of shared memory, before machine code."""
+    from triton.backends.amd import compiler as amd
+    from triton.backends.nvidia import compiler as nvidia
 
-    backend, lowering = compiler.CUDABackend, compiler.nvidia.passes.ttgpuir
+    _stop(nvidia.CUDABackend, nvidia.nvidia.passes.ttgpuir)
+    nvidia.CUDABackend.make_ptx = lambda *_: ""
+    nvidia.CUDABackend.make_cubin = lambda *_: b""
+    _stop(amd.HIPBackend, amd.amd.passes.ttgpuir)
+    amd.HIPBackend.make_amdgcn = staticmethod(lambda *_: "")
+    amd.HIPBackend.make_hsaco = staticmethod(lambda *_: b"")
+
+
+def _stop(backend: Any, lowering: Any) -> None:
+    """Let a backend's stage "llir" end where machine code would begin. lowering: its passes."""
     whole, go_on = backend.make_llir, lowering.add_to_llvmir
+    is_static = isinstance(vars(backend)["make_llir"], staticmethod)
 
     def stop(passes: Any, *_: Any) -> None:
         raise _MemoryAllocated(passes)
 
-    def make_llir(self: Any, src: Any, metadata: dict[str, Any], options: Any, capability: int) -> str:
+    def make_llir(*arguments: Any) -> str:
+        src, metadata = arguments[:2] if is_static else arguments[1:3]
         lowering.add_to_llvmir = stop
         try:
-            whole(self, src, metadata, options, capability)
+            whole(*arguments)
         except _MemoryAllocated as placed:
             try:
                 placed.passes.run(src, "make_llir")
@@ -103,9 +115,7 @@ def stop_after_memory_allocation() -> None:
         metadata["name"] = "lowered"
         return ""
 
-    backend.make_llir = make_llir
-    backend.make_ptx = lambda *_: ""
-    backend.make_cubin = lambda *_: b""
+    backend.make_llir = staticmethod(make_llir) if is_static else make_llir
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from parallax_gen.cli.options import json_option
+from parallax_gen.cli.options import gpu_option, json_option
 from parallax_gen.cli.text import print_json, print_text
 from parallax_gen.errors import ParallaxGenError, tune_extra
-from parallax_gen.tuning.installation import CHECKS
+from parallax_gen.tuning.installation import CHECKS, checks_of
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,20 @@ class Finding:
 
 
 @click.command()
+@gpu_option
 @json_option
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(ctx: click.Context, gpu: str | None, as_json: bool) -> None:
     """Check that everything needed is installed and works.
 
-    The exit status is 1 if something is broken.
+    With --gpu also compiles a kernel for that card. The exit status is 1 if something is broken.
 
     \b
     Example
       parallax-gen doctor
     """
     findings = []
-    for check, find in CHECKS.items():
+    for check, find in (CHECKS | checks_of(gpu)).items():
         for finding in _run_check(check, find):
             findings.append(finding)
             if not as_json:
@@ -47,10 +48,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 def _run_check(check: str, find: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[Finding]:
-    """The findings of one check. Expected errors and missing files or modules become findings."""
+    """The findings of one check, among them expected errors and missing files or modules."""
     try:
         with tune_extra("tuning"):
-            for status, text in find():
-                yield Finding(check, status, text)
+            yield from (Finding(check, status, text) for status, text in find())
     except (ParallaxGenError, ImportError, OSError) as error:
         yield Finding(check, "broken", " ".join(str(error).split()))

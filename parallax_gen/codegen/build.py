@@ -120,13 +120,14 @@ class _DriverWithoutDevice:
     def __init__(self, gpu: Gpu):
         from triton.backends.compiler import GPUTarget
 
-        self.target = GPUTarget("cuda", gpu.arch, 32)
+        self.target = GPUTarget("hip" if gpu.is_amd else "cuda", gpu.arch, gpu.warp_size)
+        self.name = f"{gpu.target}, absent"
 
     def get_current_target(self) -> Any:
         return self.target
 
     def get_current_device(self) -> str:
-        return f"sm_{self.target.arch}, absent"  # a key of Triton's caches, unlike any present device's
+        return self.name  # a key of Triton's caches, unlike any present device's
 
     def get_current_stream(self, device: str) -> int:
         return 0

@@ -11,10 +11,13 @@ from parallax_gen.problem.hardware import Gpu, gpu_by_name, recognise
 
 @cache
 def gpu_of_device(index: int) -> Gpu:
-    """The GPU of CUDA device `index`."""
+    """The GPU of CUDA device `index`; in a ROCm build of torch CUDA devices are AMD GPUs."""
     import torch
 
     device: Any = torch.cuda.get_device_properties(index)  # torch's type stub lacks fields
+    if torch.version.hip:
+        sizes = device.multi_processor_count, device.total_memory
+        return recognise(device.name, (device.major, device.minor), *sizes, gfx=device.gcnArchName)
     return recognise(
         device.name,
         (device.major, device.minor),

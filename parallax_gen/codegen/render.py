@@ -78,6 +78,7 @@ def _without_fingerprint(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> tu
             kernels=op.signatures(spec, config),
             parameters=op.parameters(spec, config),
             gpu_title=gpu.title,
+            inline_ptx=not gpu.is_amd,
             version=parallax_gen.__version__,
             kernel=_PLACEHOLDER,
         )

@@ -32,7 +32,23 @@ def resources_of(compiled: Sequence[Any]) -> Resources:
     """The resources of a launch's compiled kernels, read from the machine code. Raises MachineError if that fails."""
     if not compiled:
         raise BuildError("nothing was compiled")
-    return Resources(*_usage(compiled[0].asm["cubin"]), int(compiled[0].metadata.shared))
+    asm, shared_bytes = compiled[0].asm, int(compiled[0].metadata.shared)
+    if "amdgcn" in asm:
+        return Resources(*usage_of_amdgcn(asm["amdgcn"]), shared_bytes)
+    return Resources(*_usage(asm["cubin"]), shared_bytes)
+
+
+def usage_of_amdgcn(assembly: str) -> tuple[int, int]:
+    """(registers, bytes of scratch memory) per thread, from the metadata of AMD's assembly.
+
+    The registers are vector registers; on CDNA 3 and 4 accumulation registers are among them. The scratch memory holds
+    what is spilled.
+    """
+    usages = [re.findall(rf"\.{name}: +(\d+)", assembly) for name in ("vgpr_count", "private_segment_fixed_size")]
+    if not all(usages):
+        raise MachineError("AMD's assembly has no metadata that says how many registers it uses")
+    registers, scratch = (max(map(int, numbers)) for numbers in usages)
+    return registers, scratch
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

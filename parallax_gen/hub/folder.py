@@ -71,8 +71,9 @@ def write_package(
     calls    the kernels; shapes only choose windows: a package has the kernels of all other sizes
     repo_id  owner/name in the hub; REPO_ID if it is not known yet
 
-    Replaces the code of an earlier export. Raises ArgumentError for another repo_id than owner/name, and if a lock is
-    on; ParallaxGenError for a folder with something else; ConfigError for a kernel that does not fit a card.
+    Replaces the code of an earlier export. Raises ArgumentError for another repo_id than owner/name, for an AMD GPU,
+    and if a lock is on; ParallaxGenError for a folder with something else; ConfigError for a kernel that does not fit a
+    card.
     """
     repo_id = repo_id or REPO_ID
     match = _REPO_ID.fullmatch(repo_id)
@@ -81,6 +82,8 @@ def write_package(
     name, module = match[1], match[1].replace("-", "_")
     if lock := os.environ.get(LOCK):
         raise ArgumentError(LOCK, lock, "not set: a package has kernels of all sizes, which no lock has")
+    if amd := [gpu.title for gpu in gpus if gpu.is_amd]:
+        raise ArgumentError("gpu", ", ".join(amd), f"NVIDIA GPUs: hub packages are for {BACKEND}")
     _check_folder(folder)
     records = PackageRecords(calls, gpus, memory)
     rendered = records.rendered

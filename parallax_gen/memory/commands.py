@@ -7,9 +7,16 @@ from pathlib import Path
 
 from parallax_gen.environment import BATCH_INVARIANT, is_on
 from parallax_gen.memory.place import Place, place_of
-from parallax_gen.problem.hardware import GPUS
+from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import representative
 from parallax_gen.problem.spec import FLAGS, batch_invariant_spec
+
+NOT_MEASURED = "kernels for AMD GPUs are compiled, not measured"
+
+
+def how_to_measure(place: Place, gpu: Gpu) -> str:
+    """What a user does to measure a place on the card that calls run on, as a sentence."""
+    return f"{NOT_MEASURED.capitalize()}." if gpu.is_amd else f"Run `{tune_command(place)}` to measure it."
 
 
 def tune_command(place: Place) -> str:

@@ -155,7 +155,7 @@ def cache_resources(source: KernelSource, gpu: Gpu, outcome: Resources | BuildEr
 
 
 def _path(text_hash: str, gpu: Gpu) -> Path:
-    """The file of an outcome, keyed by the kernel's text, the toolchain and the compute capability."""
+    """The file of an outcome, keyed by the kernel's text, the toolchain and the architecture."""
     here = Toolchain.here()
-    key = f"{text_hash} {here.triton} {here.cuda} {gpu.capability}"
+    key = f"{text_hash} {here.triton} {here.cuda} {gpu.gfx or gpu.capability}"
     return cache_dir() / f"resources-{FORMAT}" / hashlib.sha256(key.encode()).hexdigest()[:32]

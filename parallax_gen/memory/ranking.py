@@ -222,7 +222,7 @@ def borrowable_near_places(place: Place) -> list[Place]:
 
 def siblings(gpu: Gpu) -> list[str]:
     """The names of the other cards of the same capability, which run the same programs at a similar speed."""
-    return [card.name for card in GPUS.values() if card.capability == gpu.capability and card.name != gpu.name]
+    return [card.name for card in GPUS.values() if card.arch == gpu.arch and card.name != gpu.name]
 
 
 def is_valid(result: Result, gpu: Gpu) -> bool:

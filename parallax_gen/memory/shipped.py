@@ -33,7 +33,7 @@ def load_shipped(gpu: str, folder: Path | None = None) -> list[Result]:
 
 def load_same_capability(gpu: Gpu, folder: Path | None = None) -> list[Result]:
     """The shipped records of all GPUs with this GPU's compute capability, card by card in the order of GPUS."""
-    names = [card.name for card in GPUS.values() if card.capability == gpu.capability]
+    names = [card.name for card in GPUS.values() if card.arch == gpu.arch]
     return [result for name in names for result in load_shipped(name, folder)]
 
 

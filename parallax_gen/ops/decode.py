@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import MappingProxyType
 
-from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, CostHints, Knob, Op, OpKind, Scratch, Value, register
+from parallax_gen.ops.base import CostHints, Knob, Op, OpKind, Scratch, Value, register
 from parallax_gen.ops.decode_form import DecodeConfig, DecodeForm
 from parallax_gen.ops.head_dim import width_of
+from parallax_gen.ops.lds import bytes_in_flight
 from parallax_gen.ops.signature import SOFTCAP_ABOUT, Argument, Signature, number, pointers, score_scales
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Bucket, Shape
@@ -47,14 +48,15 @@ class CacheOp(Op[DecodeConfig]):
             return f"each of {config.num_warps} warps would have fewer than 8 of the block's {config.BLOCK_N} keys"
         width = width_of(spec.head_dim, "padded")
         if spec.dtype == "fp32" and config.BLOCK_H * config.BLOCK_N * width**2 > max(
-            config.num_warps << 21, 8 * 16 * width**2
+            (config.num_warps * gpu.warp_size // 32) << 21, 8 * 16 * width**2
         ):
             # As in the tiled ops: without tensor cores each thread also holds part of the operands.
             tile = f"an fp32 tile of {config.BLOCK_H} heads at head_dim {width}"
             return f"{tile} does not fit in the registers of {config.num_warps} warps"
-        accumulators = 2 * config.BLOCK_H * (width + config.BLOCK_N) // (32 * config.num_warps)
-        if accumulators > MAX_REGISTERS_PER_THREAD:
-            return f"its accumulators need {accumulators} registers per thread; there are {MAX_REGISTERS_PER_THREAD}"
+        threads, registers = gpu.warp_size * config.num_warps, gpu.registers_per_thread(config.num_warps)
+        accumulators = 2 * config.BLOCK_H * (width + config.BLOCK_N) // threads
+        if accumulators > registers:
+            return f"its accumulators need {accumulators} registers per thread; there are {registers}"
         return None
 
     def uses_near_records(self, spec: KernelSpec) -> bool:
@@ -79,12 +81,15 @@ class CacheOp(Op[DecodeConfig]):
         weights = rows * keys * spec.bytes_per_element
         scratch = 4 * rows  # bytes: each row's sum or factor, exchanged between warps
         pages = 8 * keys if spec.page_size else 0  # bytes: each key's page offset, exchanged between threads
+        if gpu.is_amd:  # q and r are in registers; threads exchange weights, or an fp32 accumulator
+            in_flight = bytes_in_flight(pair * spec.cache_bytes, config.num_stages, gpu)
+            return in_flight + max(2 * weights, 4 * rows * width, pages)
         asynchronous = rows >= 64 and config.num_warps >= 4 and spec.dtype != "fp32"
-        if asynchronous and gpu.capability[0] in (9, 10):
+        if asynchronous and gpu.has_async_matmuls:
             # wgmma and tcgen05 read k and v from shared memory: one more block is in flight, or k or v is stored there
             # once more, widened from 8 bits.
             owned += (pair // 2 if spec.cache_dtype else pair) * spec.bytes_per_element
-            if gpu.capability[0] == 9:
+            if gpu.has_wgmma:
                 return owned
             twice = spec.cache_dtype or spec.dtype == "tf32"  # whether tcgen05 keeps two copies of the weights there
             exchanged_bytes = 2 * weights if twice else weights + scratch
@@ -253,7 +258,7 @@ def _default_tiles(spec: KernelSpec, block_h: int, gpu: Gpu) -> list[tuple[int, 
         # 32 keys 200 bytes; asynchronous matmuls in tf32 spill 900 bytes, those of 16 rows 320.
         if spec.head_dim > 128 and spec.cache_dtype:
             tall = [tall[0], tall[-1]]
-        elif spec.head_dim > 128 and spec.dtype == "tf32" and gpu.capability[0] in (9, 10):
+        elif spec.head_dim > 128 and spec.dtype == "tf32" and gpu.has_async_matmuls:
             tall.pop()
         tiles = [*tall, *((n, 16, w, s) for n, _, w, s in tiles)]
     elif spec.cache_dtype and spec.head_dim <= 64:

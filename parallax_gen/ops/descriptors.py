@@ -70,8 +70,8 @@ def descriptor_arguments(descriptors: tuple[Descriptor, ...]) -> tuple[Argument,
 def why_no_descriptors(spec: KernelSpec, gpu: Gpu) -> str | None:
     """Why no kernel of a spec can load blocks by descriptors on a GPU; None if some can."""
     if gpu.capability < FIRST_CAPABILITY:
-        major, minor = gpu.capability
-        return f"LOADS 'descriptors' needs a GPU of capability 9.0 or later; {gpu.name} has {major}.{minor}"
+        has = f"is AMD's {gpu.gfx}" if gpu.is_amd else "has {}.{}".format(*gpu.capability)
+        return f"LOADS 'descriptors' needs a GPU of capability 9.0 or later; {gpu.name} {has}"
     if spec.varlen:
         return "LOADS 'descriptors' cannot be combined with packed sequences: a block would have the next one's rows"
     if spec.bytes_per_element != 2:

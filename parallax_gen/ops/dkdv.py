@@ -63,7 +63,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
 
     def owned_rows(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
         owned = 2 * config.BLOCK_N
-        if gpu.capability[0] == 10:
+        if gpu.has_tcgen05:
             # From compiling: on Blackwell tensor cores read p w, dt, ds and transposed operands from shared memory.
             owned += (8 if spec.dtype == "tf32" else 7) * config.BLOCK_M
         return owned
@@ -74,7 +74,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
 
     def extra_shared_bytes(self, spec: KernelSpec, config: DkDvConfig, gpu: Gpu) -> int:
         """On Blackwell `owned_rows` already counts what matmuls keep in flight."""
-        if gpu.capability[0] == 10:
+        if gpu.has_tcgen05:
             return 2 * KIB  # one of them for row statistics
         return super().extra_shared_bytes(spec, config, gpu)
 

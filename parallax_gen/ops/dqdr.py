@@ -49,7 +49,7 @@ class DqDrOp(GradientOp[DqDrConfig]):
 
     def shared_bytes(self, spec: KernelSpec, config: DqDrConfig, gpu: Gpu) -> int:
         least = super().shared_bytes(spec, config, gpu)
-        if gpu.capability[0] not in (9, 10) and config.HEAD_DIM_LAYOUT != "chunked":
+        if not (gpu.has_async_matmuls or gpu.is_amd) and config.HEAD_DIM_LAYOUT != "chunked":
             # From compiling: these exchange at least half a tile of scores between threads.
             least += config.BLOCK_M * config.BLOCK_N * spec.bytes_per_element // 2
         return least

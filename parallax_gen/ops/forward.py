@@ -82,13 +82,17 @@ class ForwardOp(TiledOp[ForwardConfig]):
 
     def _split_in_flight(self, spec: KernelSpec, config: ForwardConfig, gpu: Gpu) -> int:
         """What every kernel with a split head_dim takes on Blackwell, from compiling: a block more is in flight."""
-        if gpu.capability[0] != 10 or config.HEAD_DIM_LAYOUT != "split" or config.num_stages == 1:
+        if not gpu.has_tcgen05 or config.HEAD_DIM_LAYOUT != "split" or config.num_stages == 1:
             return 0
         return self.block_bytes(spec, config) + self._exchanged(config, gpu)
 
     def _exchanged(self, config: ForwardConfig, gpu: Gpu) -> int:
         """What the 8 warps of a tile of 128 rows exchange of its rows on Blackwell, from compiling."""
-        return 4 * KIB if gpu.capability[0] == 10 and config.BLOCK_M == 128 else 0
+        return 4 * KIB if gpu.has_tcgen05 and config.BLOCK_M == 128 else 0
+
+    def exchanged_rows(self, config: ForwardConfig) -> int:
+        """With a fixed reference also each row's own key, which it reads first."""
+        return 4 * config.BLOCK_M if config.SOFTMAX == "fixed_reference" else super().exchanged_rows(config)
 
     def score_and_output_chunks(self, head_dim: int, head_dim_layout: str) -> tuple[list[Chunk], list[Chunk]]:
         if head_dim_layout != "split":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallax_gen.ops.base import (
-    MAX_REGISTERS_PER_THREAD,
     PADDED_TO,
     PADDED_TO_IN_KERNELS,
     CostHints,
@@ -69,13 +68,13 @@ class PreprocessOp(Op[PreprocessConfig]):
     uses_sibling_records = False
 
     def why_invalid(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> str | None:
-        registers = 3 * config.BLOCK_M * width_of(spec.head_dim, "padded") // (32 * config.num_warps)
-        if registers > MAX_REGISTERS_PER_THREAD:
-            return f"its rows need {registers} registers per thread; there are {MAX_REGISTERS_PER_THREAD}"
+        needed = 3 * config.BLOCK_M * width_of(spec.head_dim, "padded") // (gpu.warp_size * config.num_warps)
+        if needed > (registers := gpu.registers_per_thread(config.num_warps)):
+            return f"its rows need {needed} registers per thread; there are {registers}"
         return None
 
     def shared_bytes(self, spec: KernelSpec, config: PreprocessConfig, gpu: Gpu) -> int:
-        return 0
+        return 4 * config.BLOCK_M if gpu.is_amd else 0  # bytes: each row's sum, laid out otherwise
 
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[PreprocessConfig]:
         return [PreprocessConfig(BLOCK_M=m, num_warps=4) for m in (16, 32, 8)]

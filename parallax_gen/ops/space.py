@@ -32,6 +32,8 @@ def why_invalid(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> str | None:
         value = getattr(config, knob.name)
         if value not in knob.values:
             return f"{knob.name} is {value}; it may be one of {', '.join(map(str, knob.values))}"
+    if spec.dtype == "tf32" and not gpu.has_tf32:
+        return f"{gpu.title} has no matmuls in tf32: use fp32, bf16 or fp16"
     reason = op.why_invalid(spec, config, gpu)
     if reason is None and (shared := shared_bytes(spec, config, gpu)) > gpu.shared_per_block:
         reason = f"its tiles need {shared} bytes of shared memory; a block of {gpu.title} has {gpu.shared_per_block}"
@@ -83,7 +85,7 @@ def default_config(spec: KernelSpec, shape: Shape, gpu: Gpu) -> KernelConfig:
     valid = [config for config, reason in zip(candidates, reasons, strict=True) if reason is None]
     if valid:
         return next((config for config in valid if _surely_fits(spec, config, gpu)), valid[-1])
-    raise ConfigError(f"no default config fits {spec} on {gpu.title}: {'; '.join(map(str, reasons))}")
+    raise ConfigError(f"no default config fits {spec} on {gpu.title}: {'; '.join(map(str, dict.fromkeys(reasons)))}")
 
 
 def _surely_fits(spec: KernelSpec, config: KernelConfig, gpu: Gpu) -> bool:

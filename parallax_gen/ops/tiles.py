@@ -18,6 +18,7 @@ from parallax_gen.ops.descriptors import (
     why_no_descriptors,
 )
 from parallax_gen.ops.head_dim import Chunk, head_dim_layouts, other_half_of, this_half_of, width_of
+from parallax_gen.ops.lds import bytes_in_flight
 from parallax_gen.ops.signature import Argument, Signature, number, pointers, score_scales, strides
 from parallax_gen.problem.hardware import KIB, Gpu
 from parallax_gen.problem.shapes import Shape
@@ -114,7 +115,7 @@ class TiledOp(Op[T]):
         if spec.dtype == "fp32":
             # Without tensor cores each thread also holds part of the operands. From compiling: beyond this limit they
             # spill hundreds of bytes, and soon thousands. The backward holds 1.5 times as many tiles.
-            limit = config.num_warps << self.fp32_shift
+            limit = (config.num_warps * gpu.warp_size // 32) << self.fp32_shift
             if config.BLOCK_M * config.BLOCK_N * head_dim**2 > max(limit, 16 * 16 * head_dim**2):
                 what = f"{tile} of fp32 at head_dim {head_dim}"
                 return f"{what} is too large for the registers of {config.num_warps} warps"
@@ -123,17 +124,26 @@ class TiledOp(Op[T]):
         ) < 16 * config.num_warps:
             # A warp needs 16 rows. With a wide head_dim two warps may share rows, each with half of the sums' columns.
             return f"{tile} is too small for {config.num_warps} warps"
-        # Two accumulators and at least two tiles of scores are in registers: above 255 registers per thread they spill.
+        # Two accumulators and at least two tiles of scores are in registers, of which a thread has 255 on NVIDIA GPUs.
         owned, streamed = self.owned_and_streamed(config)
-        accumulators = 2 * owned * (head_dim // programs_per_tile(config) + streamed) // (32 * config.num_warps)
-        if accumulators > MAX_REGISTERS_PER_THREAD and not (spec.dtype == "fp32" and owned == streamed == 16):
-            return f"its accumulators need {accumulators} registers per thread; there are {MAX_REGISTERS_PER_THREAD}"
+        threads, registers = gpu.warp_size * config.num_warps, gpu.registers_per_thread(config.num_warps)
+        accumulators = 2 * owned * (head_dim // programs_per_tile(config) + streamed) // threads
+        if accumulators > registers and not (spec.dtype == "fp32" and owned == streamed == 16):
+            return f"its accumulators need {accumulators} registers per thread; there are {registers}"
         return _why_maxnreg_invalid(config, accumulators, gpu)
 
     def shared_bytes(self, spec: KernelSpec, config: T, gpu: Gpu) -> int:
+        if gpu.is_amd:
+            in_flight = bytes_in_flight(self.block_bytes(spec, config), config.num_stages, gpu)
+            scores = config.BLOCK_M * config.BLOCK_N * spec.bytes_per_element
+            return 2 * scores + max(in_flight, self.exchanged_rows(config) * row_bytes(spec, config))
         # Triton keeps num_stages - 1 blocks in flight if the loads feed matmuls. The owned tiles stay throughout.
         in_flight = max(1, config.num_stages - 1)
         return self.owned_rows(spec, config, gpu) * row_bytes(spec, config) + in_flight * self.block_bytes(spec, config)
+
+    def exchanged_rows(self, config: T) -> int:
+        """The most rows of head_dim elements that threads exchange at a time on AMD GPUs."""
+        return max(config.BLOCK_M, config.BLOCK_N)
 
     @abstractmethod
     def owned_rows(self, spec: KernelSpec, config: T, gpu: Gpu) -> int:
@@ -147,13 +157,15 @@ class TiledOp(Op[T]):
         """From compiling: the asynchronous matmuls of Hopper and Blackwell keep more in flight.
 
         On other GPUs, and with tiles too small for asynchronous matmuls, threads exchange up to two padded tiles of
-        scores.
+        scores. For AMD GPUs `shared_bytes` already is the most.
         """
+        if gpu.is_amd:
+            return 0
         more = config.BLOCK_M * (2 * config.BLOCK_N + 4) * spec.bytes_per_element
-        if gpu.capability[0] in (9, 10):
+        if gpu.has_async_matmuls:
             more = max(more, self.async_bytes(spec, config))
         if config.LOADS == "descriptors":  # barriers, and on Blackwell half a block more
-            more += KIB + (self.block_bytes(spec, config) // 2 if gpu.capability[0] == 10 else 0)
+            more += KIB + (self.block_bytes(spec, config) // 2 if gpu.has_tcgen05 else 0)
         return more + KIB
 
     def async_bytes(self, spec: KernelSpec, config: T) -> int:
@@ -174,7 +186,7 @@ class TiledOp(Op[T]):
 
     def defaults(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> list[T]:
         group_heads = self.floor_of("GROUP_HEADS", self.heads_in_l2(spec, shape, gpu))
-        of = self.tiles if gpu.capability[0] in (9, 10) else self.tiles_of_synchronous_matmuls
+        of = self.tiles if gpu.has_async_matmuls else self.tiles_of_synchronous_matmuls
         tiles: Sequence[Tile] = of.fp32 if spec.dtype == "fp32" else of.usual
         if spec.head_dim <= 64 and spec.dtype != "fp32":
             tiles = (*of.narrow, *tiles)
@@ -191,7 +203,7 @@ class TiledOp(Op[T]):
         split_tiles = of.split if "split" in layouts and spec.bytes_per_element == 2 else ()
         if layout == "chunked" and spec.head_dim <= 128 and spec.dtype != "fp32":
             tiles = (*of.chunked, *tiles)
-        if gpu.capability[0] == 9 and why_no_descriptors(spec, gpu) is None:
+        if gpu.has_wgmma and why_no_descriptors(spec, gpu) is None:
             tiles = (*self.tiles_by_descriptors(spec, layout), *tiles)
         configs = [
             *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in split_tiles),
@@ -201,7 +213,7 @@ class TiledOp(Op[T]):
             self.with_fewer_instructions(config) if self._has_fewer_by_default(spec, config, gpu) else config
             for config in configs
         ]
-        if gpu.capability[0] != 9 or why_no_descriptors(spec, gpu) is not None:
+        if not gpu.has_wgmma or why_no_descriptors(spec, gpu) is not None:
             return configs
         return [replace(config, LOADS="descriptors") if self.descriptors_pay(config) else config for config in configs]
 
@@ -249,7 +261,7 @@ class TiledOp(Op[T]):
 
     def _has_fewer_by_default(self, spec: KernelSpec, config: T, gpu: Gpu) -> bool:
         """Whether a default config has fewer instructions: only where `fewer_instructions_pay` was measured."""
-        if gpu.capability[0] != 9 or spec.dtype != "bf16" or config.HEAD_DIM_LAYOUT == "split" or spec.head_dim > 128:
+        if not gpu.has_wgmma or spec.dtype != "bf16" or config.HEAD_DIM_LAYOUT == "split" or spec.head_dim > 128:
             return False
         return self.fewer_instructions_pay(spec, config)
 
@@ -373,6 +385,8 @@ def _why_maxnreg_invalid(config: TileConfig, accumulators: int, gpu: Gpu) -> str
     limit = config.maxnreg
     if limit == 0:
         return None
+    if gpu.is_amd:
+        return f"maxnreg is a limit for ptxas; {gpu.name} is AMD's {gpu.gfx}"
     unlimited = MAX_REGISTERS_PER_THREAD
     with_limit, without = (gpu.registers_per_sm // (32 * config.num_warps * each) for each in (limit, unlimited))
     if with_limit == without:

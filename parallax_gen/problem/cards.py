@@ -1,4 +1,4 @@
-"""The table of supported cards, and the limits of their compute capabilities: plain data, with sources.
+"""The table of supported cards, and the limits of their architectures: plain data, with sources.
 
 `hardware.py` makes Gpus of it, and recognises a card by its name and properties.
 """
@@ -14,14 +14,17 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 RESERVED_SHARED = KIB
 # The first capability with bf16 matmuls and asynchronous copies, which every kernel uses.
 OLDEST_CAPABILITY = (8, 0)
+NO_CAPABILITY = (0, 0)  # of an AMD GPU: compute capabilities are NVIDIA's
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits that a compute capability determines.
+    """The limits that an architecture determines.
 
     From "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide 13, in which KB is
     1024 bytes. All capabilities from 8.0 on have 64 K registers per multiprocessor and at most 255 per thread.
+
+    reserved_shared  of shared_per_sm, what each resident block loses
     """
 
     max_warps_per_sm: int
@@ -29,10 +32,12 @@ class Limits:
     shared_per_sm: int
     registers_per_sm: int = 64 * 1024
     max_registers_per_thread: int = 255
+    reserved_shared: int = RESERVED_SHARED
 
     def as_fields(self) -> dict[str, Any]:
         """These limits as arguments of Gpu."""
-        return {**asdict(self), "shared_per_block": self.shared_per_sm - RESERVED_SHARED}
+        limits = asdict(self)
+        return limits | {"shared_per_block": self.shared_per_sm - limits.pop("reserved_shared")}
 
 
 LIMITS: dict[tuple[int, int], Limits] = {
@@ -47,6 +52,15 @@ LIMITS: dict[tuple[int, int], Limits] = {
     (12, 1): Limits(48, 24, 100 * KIB),
 }
 
+# AMD's architectures by their names in compilers: CDNA 3 and CDNA 4. A multiprocessor is a compute unit, a warp a
+# wavefront of 64 threads, and shared memory is LDS, of which nothing is reserved. LDS, and 128 KB of vector registers
+# for each of a compute unit's four SIMDs: "AMD GPU specifications" of ROCm's documentation. 8 wavefronts per SIMD, 16
+# workgroups per compute unit, and 512 registers per thread, half of them for accumulation: LLVM's AMDGPU backend.
+AMD_LIMITS: dict[str, Limits] = {
+    "gfx942": Limits(32, 16, 64 * KIB, 128 * 1024, 512, reserved_shared=0),
+    "gfx950": Limits(32, 16, 160 * KIB, 128 * 1024, 512, reserved_shared=0),
+}
+
 # The first Triton whose ptxas knows a capability, where the oldest supported Triton's does not.
 FIRST_TRITON: dict[tuple[int, int], tuple[int, int]] = {(10, 3): (3, 6), (12, 1): (3, 6)}
 
@@ -54,7 +68,8 @@ FIRST_TRITON: dict[tuple[int, int], tuple[int, int]] = {(10, 3): (3, 6), (12, 1)
 class Card(NamedTuple):
     """A card as sold.
 
-    sms        streaming multiprocessors
+    capability of an NVIDIA card; of an AMD card the architecture, such as "gfx942"
+    sms        streaming multiprocessors; compute units
     l2         MiB
     memory     GiB. Memory sold as "80 GB" is 80 GiB
     bandwidth  of device memory, TB/s
@@ -62,12 +77,12 @@ class Card(NamedTuple):
     tf32       rates with 2:4 sparsity, which are twice as high
     fp32       TFLOP/s without tensor cores
     aliases    other names, from drivers, data sheets and people
-    estimated  whether NVIDIA publishes no rates of the tensor cores with bf16, so that they follow from others
+    estimated  whether its vendor publishes no rates of the tensor cores with bf16, so that they follow from others
     """
 
     name: str
     title: str
-    capability: tuple[int, int]
+    capability: tuple[int, int] | str
     sms: int
     l2: int
     memory: int
@@ -86,6 +101,11 @@ H200_NAMES = ("H200 SXM", "H200 SXM5", "H200 141GB", "H200 SXM 141GB", "H200 141
 B200_NAMES = ("B200 SXM", "B200 SXM6", "HGX B200", "DGX B200", "B200 180GB", "B200 192GB")
 B300_NAMES = ("B300 SXM6 AC", "B300 SXM6", "HGX B300", "DGX B300", "B300 288GB", "Blackwell Ultra")
 GH200_NAMES = ("GH200 480GB", "GH200 96GB HBM3", "Grace Hopper")
+MI300X_NAMES = ("MI300X", "MI300X OAM", "MI300X 192GB")
+MI325X_NAMES = ("MI325X", "MI325X OAM", "MI325X 256GB")
+MI300A_NAMES = ("MI300A", "MI300A APU", "MI300A 128GB")
+MI350X_NAMES = ("MI350X", "MI350X OAM", "MI350X 288GB")
+MI355X_NAMES = ("MI355X", "MI355X OAM", "MI355X 288GB")
 GB10_NAMES = ("DGX Spark", "GB10 Superchip", "Grace Blackwell GB10")
 PRO_6000_NAMES = (
     "RTX PRO 6000 Blackwell Workstation Edition",
@@ -190,4 +210,12 @@ CARDS = (
     # NVIDIA DGX Spark data sheet: memory, which the CPU shares, and bandwidth. SMs, L2, fp32: NVIDIA's talk at Hot
     # Chips 2025. Of the tensor cores only fp4 with sparsity is published, 1000 TFLOP/s: on RTX PRO 8 times bf16's.
     Card("gb10", "NVIDIA GB10", (12, 1), 48, 24, 128, 0.273, 125, 62.5, 31, GB10_NAMES, estimated=True),
+    # AMD Instinct data sheets, without sparsity; fp32: "vector". Compute units, memory, L2: "AMD GPU specifications" of
+    # ROCm's documentation. L2 is one die's, which caches what the die's own compute units read. CDNA 4 has no tf32: the
+    # rate is fp32's.
+    Card("mi300x", "AMD Instinct MI300X", "gfx942", 304, 4, 192, 5.3, 1307.4, 653.7, 163.4, MI300X_NAMES),
+    Card("mi325x", "AMD Instinct MI325X", "gfx942", 304, 4, 256, 6.0, 1307.4, 653.7, 163.4, MI325X_NAMES),
+    Card("mi300a", "AMD Instinct MI300A", "gfx942", 228, 4, 128, 5.3, 980.6, 490.3, 122.6, MI300A_NAMES),
+    Card("mi350x", "AMD Instinct MI350X", "gfx950", 256, 4, 288, 8.0, 2306.9, 144.2, 144.2, MI350X_NAMES),
+    Card("mi355x", "AMD Instinct MI355X", "gfx950", 256, 4, 288, 8.0, 2516.6, 157.3, 157.3, MI355X_NAMES),
 )

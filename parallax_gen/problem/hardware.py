@@ -10,7 +10,18 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from parallax_gen.errors import ArgumentError, UnknownGpuError
-from parallax_gen.problem.cards import CARDS, GIB, KIB, LIMITS, MIB, OLDEST_CAPABILITY, RESERVED_SHARED, Card, Limits
+from parallax_gen.problem.cards import (
+    AMD_LIMITS,
+    CARDS,
+    GIB,
+    KIB,
+    LIMITS,
+    MIB,
+    NO_CAPABILITY,
+    OLDEST_CAPABILITY,
+    Card,
+    Limits,
+)
 
 __all__ = ["GIB", "GPUS", "KIB", "MIB", "STAND_IN", "Gpu", "gpu_by_name", "recognise"]
 
@@ -24,8 +35,8 @@ class Gpu:
 
     name                      short and stable: used in records and file names ("h200")
     title                     for people ("NVIDIA H200 SXM")
-    capability                compute capability, (major, minor)
-    sms                       streaming multiprocessors
+    capability                compute capability, (major, minor); (0, 0) of an AMD GPU
+    sms                       streaming multiprocessors; of an AMD GPU its compute units
     registers_per_sm          32-bit registers
     max_registers_per_thread
     max_warps_per_sm          resident at a time
@@ -38,6 +49,7 @@ class Gpu:
     tensor_flops              bf16 and fp16 matmuls with fp32 accumulation, dense, FLOP/s
     tf32_flops                the same for tf32
     fp32_flops                outside the tensor cores
+    gfx                       the architecture of an AMD GPU ("gfx942"); "" of an NVIDIA GPU
     estimated                 whether the rates, and other values that the device did not report, are a similar card's,
                               or follow from other published rates
     """
@@ -59,11 +71,48 @@ class Gpu:
     tf32_flops: float
     fp32_flops: float
     estimated: bool = False
+    gfx: str = ""
 
     @property
-    def arch(self) -> int:
-        """The capability as one number, as in Triton's targets: 90 for (9, 0)."""
-        return 10 * self.capability[0] + self.capability[1]
+    def arch(self) -> int | str:
+        """As in Triton's targets: 90 for capability (9, 0), "gfx942"."""
+        return self.gfx or 10 * self.capability[0] + self.capability[1]
+
+    @property
+    def target(self) -> str:
+        """What its machine code is for: "sm_90", "gfx942"."""
+        return self.gfx or f"sm_{self.arch}"
+
+    @property
+    def is_amd(self) -> bool:
+        return self.gfx != ""
+
+    @property
+    def warp_size(self) -> int:
+        return 64 if self.is_amd else 32
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether it has Hopper's asynchronous matmuls."""
+        return self.capability[0] == 9
+
+    @property
+    def has_tcgen05(self) -> bool:
+        """Whether it has the asynchronous matmuls of B200 and B300."""
+        return self.capability[0] == 10
+
+    @property
+    def has_async_matmuls(self) -> bool:
+        return self.has_wgmma or self.has_tcgen05
+
+    @property
+    def has_tf32(self) -> bool:
+        """Whether it has matmuls in tf32: CDNA 4 dropped CDNA 3's."""
+        return self.gfx != "gfx950"
+
+    def registers_per_thread(self, num_warps: int) -> int:
+        """How many registers a thread of a program of this many warps can have."""
+        return min(self.max_registers_per_thread, self.registers_per_sm // (self.warp_size * num_warps))
 
     def peak(self, dtype: str) -> float:
         """The peak FLOP/s for inputs of `dtype`. fp32 is exact here, so it runs outside the tensor cores."""
@@ -74,13 +123,29 @@ class Gpu:
         return peaks[dtype]
 
 
+def _limits_of(capability: tuple[int, int], gfx: str) -> Limits:
+    if gfx:
+        return AMD_LIMITS[gfx]
+    if older := [c for c in LIMITS if c[0] == capability[0] and c <= capability]:
+        return LIMITS[max(older)]
+    all_limits = LIMITS.values()
+    return Limits(
+        max_warps_per_sm=min(limits.max_warps_per_sm for limits in all_limits),
+        max_blocks_per_sm=min(limits.max_blocks_per_sm for limits in all_limits),
+        shared_per_sm=min(limits.shared_per_sm for limits in all_limits),
+    )
+
+
 def _gpu(card: Card) -> Gpu:
+    gfx = card.capability if isinstance(card.capability, str) else ""
+    capability = NO_CAPABILITY if isinstance(card.capability, str) else card.capability
     return Gpu(
         name=card.name,
         title=card.title,
-        capability=card.capability,
+        capability=capability,
+        gfx=gfx,
         sms=card.sms,
-        **LIMITS[card.capability].as_fields(),
+        **_limits_of(capability, gfx).as_fields(),
         l2_bytes=card.l2 * MIB,
         memory_bytes=card.memory * GIB,
         bandwidth=card.bandwidth * 1e12,
@@ -95,7 +160,7 @@ GPUS: dict[str, Gpu] = {card.name: _gpu(card) for card in CARDS}
 STAND_IN = "h200"  # for a machine without a card: most shipped records are its
 
 
-_COMMON_WORDS = "nvidia|tesla|geforce|tensorcore|gpu"
+_COMMON_WORDS = "nvidia|tesla|geforce|tensorcore|gpu|amd|instinct"
 
 
 def _squeeze(name: str) -> str:
@@ -132,8 +197,11 @@ def recognise(
     shared_per_block: int | None = None,
     l2_bytes: int | None = None,
     bandwidth: float | None = None,
+    gfx: str = "",
 ) -> Gpu:
     """The GPU with these device properties: one of GPUS, or a new Gpu for this device.
+
+    gfx  the architecture of an AMD GPU, as its driver names it ("gfx942:sramecc+:xnack-"): it replaces the capability
 
     It is one of GPUS only if its name, architecture, SM count, memory and, if given, shared memory all agree: results
     of a whole card do not apply to its MIG slice, and results of an L40 do not apply to an L40S.
@@ -156,9 +224,14 @@ def recognise(
             raise ArgumentError(argument, repr(size), "an int of 1 or more")
     if bandwidth is not None and not (isinstance(bandwidth, (int, float)) and bandwidth > 0):
         raise ArgumentError("bandwidth", repr(bandwidth), "bytes/s, more than 0")
-    if re.search(r"\b(amd|radeon|instinct)\b", device_name.lower()):
-        raise UnknownGpuError(f"{device_name} is not an NVIDIA GPU; kernels run only on these")
-    if capability < OLDEST_CAPABILITY:
+    gfx = gfx.split(":", 1)[0]
+    is_amd = bool(gfx or re.search(r"\b(amd|radeon|instinct)\b", device_name.lower()))
+    if is_amd and gfx not in AMD_LIMITS:
+        of = f"has the architecture {gfx or '(unknown)'}"
+        raise UnknownGpuError(f"{device_name} {of}; of AMD's, kernels run on {' and '.join(AMD_LIMITS)}")
+    if is_amd:
+        capability = NO_CAPABILITY
+    elif capability < OLDEST_CAPABILITY:
         raise UnknownGpuError(
             f"{device_name} has compute capability {_dotted(capability)}; kernels need {_dotted(OLDEST_CAPABILITY)}"
         )
@@ -166,23 +239,25 @@ def recognise(
     card = _BY_ALIAS.get(_squeeze(device_name))
     if (
         card is not None
-        and card.capability == capability
+        and (card.capability, card.gfx) == (capability, gfx)
         and card.sms == sms
         and abs(memory_bytes / card.memory_bytes - 1) <= MEMORY_TOLERANCE
         and shared_per_block in (None, card.shared_per_block)
     ):
         return card
 
-    similar = _similar(device_name, capability)
+    similar = _similar(device_name, capability, gfx)
     scale = sms / similar.sms
-    limits = _limits_of(capability)
+    limits = _limits_of(capability, gfx)
     if shared_per_block is not None:
-        limits = replace(limits, shared_per_sm=shared_per_block + RESERVED_SHARED)
+        limits = replace(limits, shared_per_sm=shared_per_block + limits.reserved_shared)
+    unit = "cu" if gfx else "sm"
     slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
     return Gpu(
-        name=f"{slug}-{sms}sm",
-        title=f"{device_name} ({sms} SMs)",
+        name=f"{slug}-{sms}{unit}",
+        title=f"{device_name} ({sms} {unit.upper()}s)",
         capability=capability,
+        gfx=gfx,
         sms=sms,
         **limits.as_fields(),
         l2_bytes=round(similar.l2_bytes * scale) if l2_bytes is None else l2_bytes,
@@ -195,24 +270,14 @@ def recognise(
     )
 
 
-def _limits_of(capability: tuple[int, int]) -> Limits:
-    if older := [c for c in LIMITS if c[0] == capability[0] and c <= capability]:
-        return LIMITS[max(older)]
-    all_limits = LIMITS.values()
-    return Limits(
-        max_warps_per_sm=min(limits.max_warps_per_sm for limits in all_limits),
-        max_blocks_per_sm=min(limits.max_blocks_per_sm for limits in all_limits),
-        shared_per_sm=min(limits.shared_per_sm for limits in all_limits),
-    )
-
-
-def _similar(device_name: str, capability: tuple[int, int]) -> Gpu:
+def _similar(device_name: str, capability: tuple[int, int], gfx: str) -> Gpu:
     """The card whose rates are used: one whose name is a prefix of the device's, else one of the nearest capability."""
     name = re.sub(_COMMON_WORDS, "", device_name.lower())
-    same_name = [a for a, gpu in _BY_ALIAS.items() if gpu.capability == capability and _begins_with(name, a)]
+    arch = capability, gfx
+    same_name = [a for a, gpu in _BY_ALIAS.items() if (gpu.capability, gpu.gfx) == arch and _begins_with(name, a)]
     if same_name:
         return _BY_ALIAS[max(same_name, key=len)]
-    known = [gpu for gpu in GPUS.values() if not gpu.estimated]
+    known = [gpu for gpu in GPUS.values() if not gpu.estimated and gpu.gfx == gfx]
     nearest = max(gpu.capability for gpu in known if gpu.capability <= capability)
     return next(gpu for gpu in known if gpu.capability == nearest)
 

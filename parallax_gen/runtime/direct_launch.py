@@ -17,6 +17,7 @@ from operator import itemgetter
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from parallax_gen.codegen.intercept import Launch, watch_launches
@@ -69,8 +70,12 @@ def launch_by_jit(
 ) -> tuple[DirectLaunch, ...] | None:
     """Call the rendered module's `launch`, and return its launches for `launch_directly`.
 
-    Returns None if they cannot be made directly: a kernel was not compiled, or takes a tensor that was not given.
+    Returns None if they cannot be made directly: a kernel was not compiled, or takes a tensor that was not given. For
+    AMD GPUs Triton compiles also for the size of each tensor's storage, so that each launch needs its argument binding.
     """
+    if torch.version.hip:
+        module.launch(*tensors, *scalars)
+        return None
     from triton.compiler import CompiledKernel
     from triton.tools.tensor_descriptor import TensorDescriptor
 

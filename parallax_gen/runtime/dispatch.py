@@ -20,7 +20,7 @@ from parallax_gen.codegen.resources import Resources
 from parallax_gen.describe import describe
 from parallax_gen.environment import QUIET, STRICT, is_on
 from parallax_gen.errors import BuildError, StoreError, UntunedError
-from parallax_gen.memory.commands import lock_command, tune_command
+from parallax_gen.memory.commands import how_to_measure, lock_command
 from parallax_gen.memory.guard import CompiledResources, cache_resources, cached_resources, checked_choice
 from parallax_gen.memory.lock import NO_CHECK, Lock, lock_of_environment
 from parallax_gen.memory.place import Place, config_at, place_of
@@ -162,7 +162,7 @@ class Dispatcher:
             self._memory = _read_again(self._memory)
         self._untuned_notice.check(place, gpu, self._memory)
         choice = choose(spec, shape, gpu, self._memory, compiler(spec, shape, gpu))
-        self._untuned_notice.warn(place, choice.candidate)
+        self._untuned_notice.warn(place, gpu, choice.candidate)
         return choice
 
 
@@ -266,9 +266,9 @@ class UntunedNotice:
         """
         strict, _ = is_on(STRICT), is_on(QUIET)
         if strict and best(place, gpu, memory).tier != Tier.MEASURED_HERE:
-            raise UntunedError(f"{STRICT} is on, and {_no_measurement(place)}. {_command_to_measure(place)}")
+            raise UntunedError(f"{STRICT} is on, and {_no_measurement(place)}. {how_to_measure(place, gpu)}")
 
-    def warn(self, place: Place, candidate: Candidate) -> None:
+    def warn(self, place: Place, gpu: Gpu, candidate: Candidate) -> None:
         """Warn and log that a call's kernel was not measured here.
 
         Silent if PARALLAX_GEN_QUIET=1, and on all ranks of torch.distributed except rank 0.
@@ -279,7 +279,7 @@ class UntunedNotice:
         if self._warned or quiet or not is_first_rank():
             return
         self._warned = True  # set first: where warnings are errors, the next call runs
-        message = f"{_no_measurement(place)}: {_what_runs(candidate)}. {_command_to_measure(place)}"
+        message = f"{_no_measurement(place)}: {_what_runs(candidate)}. {how_to_measure(place, gpu)}"
         message += f" This warning appears once per process; {QUIET}=1 silences it."
         _LOG.warning("%s", message)
         warnings.warn(message, UntunedWarning, stacklevel=user_stacklevel())
@@ -350,7 +350,3 @@ def _what_runs(candidate: Candidate) -> str:
         return "its default config is used"
     measured_for = f"{record.place.bucket}" if candidate.tier == Tier.NEAR_BUCKET else record.place.gpu
     return f"a record of {measured_for} with {record.evidence.measured_with} is used"
-
-
-def _command_to_measure(place: Place) -> str:
-    return f"Run `{tune_command(place)}` to measure it."

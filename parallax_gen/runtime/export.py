@@ -103,8 +103,10 @@ def write_kernels(
     """Write each kernel to a file, and the folder's README.md. Raises ParallaxGenError if the folder is not usable.
 
     calls  also compile each kernel, and write its cubins and what a C program needs to launch them: for the sizes of
-           the first of these calls in its bucket, else for the sizes that the bucket is tuned at
+           the first of these calls in its bucket, else for the sizes that the bucket is tuned at. Not for AMD GPUs
     """
+    if calls is not None and gpu.is_amd:
+        raise ParallaxGenError(f"{gpu.title} runs no cubins: without them, the exported files run through Triton")
     readme = folder / "README.md"
     sections = read_sections(readme)
     written: list[WrittenKernel] = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from parallax_gen.codegen.abi import torch_dtype
+from parallax_gen.codegen.device import gpu_of_device
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES
 
 DTYPE_NAMES = {torch_dtype(name): name for name in DTYPES if name != "tf32"}  # see `dtype_name`
@@ -79,11 +80,12 @@ class CacheRequest(NamedTuple):
 
 
 def rounds_to_tf32(q: Tensor) -> bool:
-    """Whether torch lets fp32 matmuls on q's device round to TF32.
+    """Whether torch lets fp32 matmuls on q's device round to TF32, and the device has such matmuls.
 
     Reads torch's newest switch: the older switches set it too, and reading them raises once the newest was set.
     """
-    return q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    allowed = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return allowed and (not torch.version.hip or gpu_of_device(q.device.index).has_tf32)
 
 
 def dtype_name(q: Tensor) -> str:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from parallax_gen.codegen import device
 from parallax_gen.environment import BATCH_INVARIANT, is_on
 from parallax_gen.errors import BuildError, StoreError
-from parallax_gen.problem.hardware import GPUS, gpu_by_name
+from parallax_gen.memory.commands import NOT_MEASURED
+from parallax_gen.problem.hardware import GPUS, Gpu, gpu_by_name
 from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
@@ -38,14 +39,14 @@ def _versions() -> Iterator[tuple[str, str]]:
 
     yield "ok", f"parallax_gen {parallax_gen.__version__}, Python {platform.python_version()}, {platform.machine()}"
     optuna = metadata.version("optuna")
-    yield (
-        "ok",
-        f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, Triton {triton.__version__}, Optuna {optuna}",
-    )
+    hip = torch.version.hip
+    platform_of_torch = f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda or 'none'}"
+    yield "ok", f"torch {torch.__version__}, {platform_of_torch}, Triton {triton.__version__}, Optuna {optuna}"
     if message := newer_than_tested():
         yield "note", message
-    release = cuda_version()
-    yield "ok" if release else "broken", f"ptxas {release or 'none'}, which assembles Triton's kernels"
+    if not hip:
+        release = cuda_version()
+        yield "ok" if release else "broken", f"ptxas {release or 'none'}, which assembles Triton's kernels"
 
 
 def _device() -> Iterator[tuple[str, str]]:
@@ -59,6 +60,8 @@ def _device() -> Iterator[tuple[str, str]]:
             "in the table of GPUs" if card.name in GPUS else "not in the table of GPUs: its peak rates are estimated"
         )
         yield "ok", f"{card.title}, recognised as {card.name} ({known})"
+        if card.is_amd:
+            yield "note", f"{card.target}: {NOT_MEASURED}"
         if message := too_old_for(card.capability):
             yield "broken", message
 
@@ -157,24 +160,46 @@ def _lock() -> Iterator[tuple[str, str]]:
 
 
 def _cuobjdump() -> Iterator[tuple[str, str]]:
+    import torch
+
     from parallax_gen.codegen.resources import cuobjdump
 
+    if torch.version.hip:
+        return  # AMD's machine code is not read with it
     yield "ok", str(cuobjdump())
 
 
 def _compile() -> Iterator[tuple[str, str]]:
+    yield _compiled_for(device.gpu_here(0) or gpu_by_name(COMPILE_FOR))
+
+
+def _compiled_for(gpu: Gpu) -> tuple[str, str]:
+    """The finding that a small kernel compiles for a card. Raises BuildError if it does not."""
     from parallax_gen.ops.space import default_config
     from parallax_gen.tuning.workers.messages import Compile, KernelInstance
     from parallax_gen.tuning.workers.worker import Worker
 
-    gpu = device.gpu_here(0) or gpu_by_name(COMPILE_FOR)
     spec, shape = KernelSpec("decode", 64, "bf16"), Shape(1, 1, 1, 1, 128)
     instance = KernelInstance(spec, default_config(spec, shape, gpu), shape, gpu)
     with closing(Worker(device=None)) as worker:
         reply = worker.ask(Compile(instance), COMPILE_TIMEOUT_S)
     if reply.outcome.failed:
         raise BuildError(f"a small kernel for {gpu.name}: {reply.outcome}: {reply.detail}")
-    yield "ok", f"a small kernel for {gpu.name}, in a child process, in {reply.seconds:.1f} s"
+    return "ok", f"a small kernel for {gpu.name}, in a child process, in {reply.seconds:.1f} s"
+
+
+def checks_of(name: str | None) -> dict[str, Callable[[], Iterator[tuple[str, str]]]]:
+    """The checks of a card that need not be in this machine; none without a name. Raises UnknownGpuError."""
+    if name is None:
+        return {}
+    gpu = gpu_by_name(name)
+
+    def check() -> Iterator[tuple[str, str]]:
+        yield _compiled_for(gpu)
+        if gpu.is_amd:
+            yield "note", f"{gpu.title} ({gpu.target}): {NOT_MEASURED}"
+
+    return {"card": check}
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
+from parallax_gen.errors import MeasureError
+from parallax_gen.memory.commands import NOT_MEASURED
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import UntestedTritonWarning, newer_than_tested
@@ -108,8 +110,10 @@ class Tuner:
         Each device takes one job at a time, whose budget starts then; if there are fewer jobs than devices, several
         devices share a job. While a job is measured, the next one's configs are compiled. Every result is stored at
         once: an interrupt loses nothing, and the next tune continues from there. Raises MachineError if the machine is
-        at fault; the failed trial is not stored, and the next tune tries it again.
+        at fault; the failed trial is not stored, and the next tune tries it again. Raises MeasureError for an AMD GPU.
         """
+        if amd := next((job.gpu for job in jobs if job.gpu.is_amd), None):
+            raise MeasureError(f"{amd.title} cannot be tuned: {NOT_MEASURED}")
         numbers = itertools.count(self._runs)
         self._runs += len(jobs)
         # Created lazily: the results of a place are read from the store at that moment.

@@ -97,9 +97,9 @@ def test_the_matrix_counts_what_does_not_fit_and_what_spills() -> None:
 
 def test_the_matrix_has_every_card() -> None:
     """Their defaults differ with the number of multiprocessors; every default of every card is in it."""
-    assert {f"sm_{gpu.arch}" for gpu in GPUS.values()} == set(CARDS)
-    for gpu in (GPUS["h20"], GPUS["gb10"], GPUS["l4"]):
-        configs = {(job.spec, job.config) for job in jobs_of("decode", f"sm_{gpu.arch}")}
+    assert {gpu.target for gpu in GPUS.values()} == set(CARDS)
+    for gpu in (GPUS["h20"], GPUS["gb10"], GPUS["l4"], GPUS["mi300a"]):
+        configs = {(job.spec, job.config) for job in jobs_of("decode", gpu.target)}
         for spec in specs_of("decode", 128, "bf16"):
             assert (spec, default_config(spec, representative(DECODED[1], spec.group), gpu)) in configs
 

@@ -28,7 +28,7 @@ from parallax_gen.ops.space import (
     shared_bytes,
     why_invalid,
 )
-from parallax_gen.problem.hardware import GIB, GPUS, KIB, recognise
+from parallax_gen.problem.hardware import GIB, GPUS, KIB, Gpu, recognise
 from parallax_gen.problem.shapes import Bucket, representative
 from parallax_gen.problem.spec import CACHE_DTYPES, DTYPES, FLAGS, LARGEST_HEAD_DIM, OPS, KernelSpec
 
@@ -64,15 +64,25 @@ def one_query(spec: KernelSpec) -> bool:
 POWERS = st.integers(0, 17).map(lambda n: 1 << n)
 
 
-@given(specs(), POWERS, POWERS, POWERS, POWERS, st.sampled_from(ANY_GPU))
-def test_every_call_has_a_valid_default(spec, kv_rows, seqlen_q, seqlen_kv, window, gpu) -> None:
+def has_matmuls(gpu: Gpu, spec: KernelSpec) -> bool:
+    """Whether a GPU has matmuls in the spec's dtype; gfx950 has none in tf32, and calls there run fp32 instead."""
+    return spec.dtype != "tf32" or gpu.has_tf32
+
+
+SPECS_AND_GPUS = st.tuples(specs(), st.sampled_from(ANY_GPU)).filter(lambda drawn: has_matmuls(drawn[1], drawn[0]))
+
+
+@given(SPECS_AND_GPUS, POWERS, POWERS, POWERS, POWERS)
+def test_every_call_has_a_valid_default(spec_and_gpu, kv_rows, seqlen_q, seqlen_kv, window) -> None:
+    spec, gpu = spec_and_gpu
     bucket = Bucket(kv_rows, 1 if one_query(spec) else seqlen_q, seqlen_kv, window if spec.window else 0)
     config = default_config(spec, representative(bucket, spec.group), gpu)
     assert why_invalid(spec, config, gpu) is None
 
 
-@given(specs(), POWERS, POWERS, POWERS, st.sampled_from(ANY_GPU))
-def test_a_search_begins_with_the_default_and_distinct_configs(spec, kv_rows, seqlen_q, seqlen_kv, gpu) -> None:
+@given(SPECS_AND_GPUS, POWERS, POWERS, POWERS)
+def test_a_search_begins_with_the_default_and_distinct_configs(spec_and_gpu, kv_rows, seqlen_q, seqlen_kv) -> None:
+    spec, gpu = spec_and_gpu
     bucket = Bucket(kv_rows, 1 if one_query(spec) else seqlen_q, seqlen_kv, 128 if spec.window else 0)
     shape = representative(bucket, spec.group)
     found = promising_configs(spec, shape, gpu)
@@ -95,13 +105,14 @@ def test_every_head_dim_has_a_default(op: str, dtype: str) -> None:
     shapes = [representative(Bucket(rows, 1 if op in CACHES else n, n), 1) for rows, n in ((1, 64), (64, 8192))]
     for head_dim in HEAD_DIMS if dtype in DTYPES_OF[op] else ():
         spec = KernelSpec(op, head_dim, dtype)
-        for gpu in ANY_GPU:
+        for gpu in (gpu for gpu in ANY_GPU if has_matmuls(gpu, spec)):
             for shape in shapes:
                 assert why_invalid(spec, default_config(spec, shape, gpu), gpu) is None
 
 
-@given(specs(), st.sampled_from(ANY_GPU))
-def test_neighbours_are_valid_and_one_knob_away(spec, gpu) -> None:
+@given(SPECS_AND_GPUS)
+def test_neighbours_are_valid_and_one_knob_away(spec_and_gpu) -> None:
+    spec, gpu = spec_and_gpu
     config = default_config(spec, representative(Bucket(8, 1 if one_query(spec) else 4096, 4096), spec.group), gpu)
     found = neighbours(spec, config, gpu)
     assert found

@@ -40,9 +40,49 @@ REPORTED = {
     "rtx3090": ("NVIDIA GeForce RTX 3090", (8, 6), 82, 25414860800, 99 * KIB),
     "rtx5090": ("NVIDIA GeForce RTX 5090", (12, 0), 170, 33677180928, 99 * KIB),
 }
+# What ROCm's torch reports: name, compute units, total_memory, gcnArchName.
+REPORTED_BY_ROCM = {
+    "mi300x": ("AMD Instinct MI300X", 304, 205822885888, "gfx942:sramecc+:xnack-"),
+    "mi325x": ("AMD Instinct MI325X", 304, 274861129728, "gfx942:sramecc+:xnack-"),
+    "mi300a": ("AMD Instinct MI300A", 228, 128 * GIB, "gfx942:sramecc+:xnack+"),
+    "mi350x": ("AMD Instinct MI350X", 256, 309220868096, "gfx950:sramecc+:xnack-"),
+    "mi355x": ("AMD Instinct MI355X", 256, 309220868096, "gfx950:sramecc+:xnack-"),
+}
+NVIDIA = {name: gpu for name, gpu in GPUS.items() if not gpu.is_amd}
 
 
-@pytest.mark.parametrize("name", GPUS)
+def test_every_card_has_reported_properties() -> None:
+    assert set(GPUS) == set(REPORTED) | set(REPORTED_BY_ROCM)
+
+
+@pytest.mark.parametrize("name", REPORTED_BY_ROCM)
+def test_every_amd_card_is_recognised_by_its_driver_properties(name: str) -> None:
+    device_name, units, memory, gfx = REPORTED_BY_ROCM[name]
+    gpu = recognise(device_name, (9, 4), units, memory, gfx=gfx)
+    assert gpu is GPUS[name]
+    assert gpu_by_name(device_name) is gpu
+    assert gpu.arch == gpu.target == gfx.partition(":")[0]
+    assert gpu.shared_per_block == {"gfx942": 64, "gfx950": 160}[gpu.target] * KIB
+    assert (gpu.warp_size, gpu.max_registers_per_thread) == (64, 512)
+    assert [gpu.registers_per_thread(warps) for warps in (1, 4, 8, 16)] == [512, 512, 256, 128]
+
+
+def test_an_amd_card_is_no_nvidia_card() -> None:
+    """Its gfx942 is not capability 9.4, which would be Hopper's."""
+    for gpu in (GPUS[name] for name in REPORTED_BY_ROCM):
+        assert not any((gpu.has_wgmma, gpu.has_tcgen05, gpu.has_async_matmuls))
+        assert all(gpu.capability < other.capability and gpu.arch != other.arch for other in NVIDIA.values())
+        assert gpu.has_tf32 == (gpu.target == "gfx942")
+
+
+def test_a_partition_of_an_amd_card_is_another_gpu() -> None:
+    gpu = recognise("AMD Instinct MI300X", (9, 4), 38, 24 * GIB, gfx="gfx942:sramecc+:xnack-")
+    assert (gpu.name, gpu.title) == ("amd-instinct-mi300x-38cu", "AMD Instinct MI300X (38 CUs)")
+    assert (gpu.gfx, gpu.shared_per_block, gpu.estimated) == ("gfx942", 64 * KIB, True)
+    assert gpu.bandwidth == pytest.approx(5.3e12 * 38 / 304)
+
+
+@pytest.mark.parametrize("name", NVIDIA)
 def test_every_card_is_recognised_by_its_driver_properties(name: str) -> None:
     device_name, capability, sms, memory, shared = REPORTED[name]
     assert recognise(device_name, capability, sms, memory) is GPUS[name]
@@ -81,6 +121,9 @@ def test_every_card_is_found_by_name_and_title(name: str) -> None:
         ("Tesla L4", "l4"),
         ("RTX PRO 6000", "rtxpro6000"),
         ("PRO 6000 Max-Q", "rtxpro6000-maxq"),
+        ("MI300X", "mi300x"),
+        ("AMD MI355X", "mi355x"),
+        ("Instinct MI325X 256GB", "mi325x"),
     ],
 )
 def test_marketing_names(spelling: str, name: str) -> None:
@@ -112,7 +155,17 @@ def test_limits_that_kernels_depend_on() -> None:
         h200.peak("fp8")
 
 
-@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+@pytest.mark.parametrize("name", REPORTED_BY_ROCM)
+def test_rates_of_amd_are_plausible(name: str) -> None:
+    """A compute unit of CDNA 3 does 2048 FLOPs in bf16 a clock, one of CDNA 4 4096; at 2.1 to 2.4 GHz."""
+    gpu = GPUS[name]
+    assert 2.0e9 < gpu.tensor_flops / gpu.sms / {"gfx942": 2048, "gfx950": 4096}[gpu.target] < 2.5e9
+    assert 2.0e9 < gpu.fp32_flops / gpu.sms / 256 < 2.5e9
+    assert gpu.tf32_flops == pytest.approx(gpu.tensor_flops / 2 if gpu.has_tf32 else gpu.fp32_flops, rel=0.01)
+    assert 5e12 < gpu.bandwidth <= 8e12
+
+
+@pytest.mark.parametrize("gpu", NVIDIA.values(), ids=NVIDIA)
 def test_rates_are_plausible(gpu: Gpu) -> None:
     """Catches wrong units or columns: the FLOPs per SM and clock of each tensor core generation are known."""
     per_clock = {8: 1024, 9: 4096, 10: 8192, 12: 1024}[gpu.capability[0]]
@@ -244,7 +297,7 @@ def test_an_unknown_card_has_the_rates_of_a_similar_one(
 def test_an_unknown_architecture_has_the_lowest_of_all_limits() -> None:
     gpu = recognise("NVIDIA Next", (13, 0), 200, 300 * GIB)
     for field in ("max_warps_per_sm", "max_blocks_per_sm", "shared_per_sm", "shared_per_block"):
-        assert getattr(gpu, field) == min(getattr(known, field) for known in GPUS.values())
+        assert getattr(gpu, field) == min(getattr(known, field) for known in NVIDIA.values())
 
 
 def test_device_properties_override_estimates() -> None:
@@ -256,15 +309,21 @@ def test_device_properties_override_estimates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device_name", "capability", "message"),
+    ("device_name", "capability", "gfx", "message"),
     [
-        ("Tesla V100-SXM2-16GB", (7, 0), r"compute capability 7\.0; kernels need 8\.0"),
-        ("AMD Instinct MI300X", (9, 4), "not an NVIDIA GPU"),
+        ("Tesla V100-SXM2-16GB", (7, 0), "", r"compute capability 7\.0; kernels need 8\.0"),
+        (
+            "AMD Instinct MI300X",
+            (9, 4),
+            "",
+            r"the architecture \(unknown\); of AMD's, kernels run on gfx942 and gfx950",
+        ),
+        ("AMD Instinct MI250X", (9, 0), "gfx90a:sramecc+:xnack-", "the architecture gfx90a; of AMD's"),
     ],
 )
-def test_devices_that_cannot_run_kernels(device_name: str, capability: tuple[int, int], message: str) -> None:
+def test_devices_that_cannot_run_kernels(device_name: str, capability: tuple[int, int], gfx: str, message: str) -> None:
     with pytest.raises(UnknownGpuError, match=message):
-        recognise(device_name, capability, 80, 16 * GIB)
+        recognise(device_name, capability, 80, 16 * GIB, gfx=gfx)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from parallax_gen.codegen.resources import Resources
-from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Op, OpKind, op_of
+from parallax_gen.ops.base import KernelConfig, Op, OpKind, op_of
 from parallax_gen.ops.decode_form import DecodeConfig
 from parallax_gen.ops.preprocess import PreprocessConfig
 from parallax_gen.ops.tile_form import programs_of
@@ -36,12 +36,13 @@ def predict_us(spec: KernelSpec, config: KernelConfig, shape: Shape, gpu: Gpu, r
 
 def resident_programs(config: KernelConfig, gpu: Gpu, resources: Resources) -> int:
     """Programs resident on a multiprocessor: limited by registers, shared memory, warps or blocks."""
-    registers = resources.registers * 32 * config.num_warps
+    registers = resources.registers * gpu.warp_size * config.num_warps
+    reserved_bytes = 0 if gpu.is_amd else 1024  # CUDA reserves 1 KB for each block
     return max(
         1,
         min(
             gpu.registers_per_sm // registers,
-            gpu.shared_per_sm // (resources.shared_bytes + 1024),  # CUDA reserves 1 KB for each block
+            gpu.shared_per_sm // (resources.shared_bytes + reserved_bytes),
             gpu.max_warps_per_sm // config.num_warps,
             gpu.max_blocks_per_sm,
         ),
@@ -194,9 +195,10 @@ def _guess_cache(op: Op[DecodeConfig], spec: KernelSpec, config: DecodeConfig, g
     # Two sums and two scores for each head, and keys or values loaded from shared memory, two to a register, with their
     # addresses.
     sums = 2 * config.BLOCK_H * (spec.head_dim + config.BLOCK_N)
-    needed = 40 + (sums + config.BLOCK_N * spec.head_dim) // (32 * config.num_warps)
-    spills = 4 * max(0, needed - MAX_REGISTERS_PER_THREAD - LATE_LOAD_REGISTERS)
-    return Resources(min(MAX_REGISTERS_PER_THREAD, needed), spills, op.shared_bytes(spec, config, gpu))
+    needed = 40 + (sums + config.BLOCK_N * spec.head_dim) // (gpu.warp_size * config.num_warps)
+    most = gpu.registers_per_thread(config.num_warps)
+    spills = 4 * max(0, needed - most - LATE_LOAD_REGISTERS)
+    return Resources(min(most, needed), spills, op.shared_bytes(spec, config, gpu))
 
 
 def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, gpu: Gpu) -> Resources:
@@ -207,9 +209,10 @@ def _guess_tiles(op: TiledOp[TileConfig], spec: KernelSpec, config: TileConfig, 
     )
     # Two sums for the owned tile, about three tiles of scores, a block that is loaded for the matmuls, and addresses.
     # Tiles too small for matmuls that read shared memory need the operands too.
-    per_thread = (1.2 * 2 * owned * summed + 3.3 * owned * streamed + streamed * scored) / (32 * config.num_warps)
+    elements = 1.2 * 2 * owned * summed + 3.3 * owned * streamed + streamed * scored
+    per_thread = elements / (gpu.warp_size * config.num_warps)
     needed = 25 + per_thread + (45 if owned < 64 else 0)
-    max_registers = config.maxnreg or MAX_REGISTERS_PER_THREAD
+    max_registers = config.maxnreg or gpu.registers_per_thread(config.num_warps)
     lacking = max(0.0, needed - max_registers)
     lacking *= 2 if config.maxnreg else 1  # with maxnreg the innermost loop spills too
     shared = op.shared_bytes(spec, config, gpu)
