@@ -91,8 +91,9 @@ class ForwardOp(TiledOp[ForwardConfig]):
         return 4 * KIB if gpu.has_tcgen05 and config.BLOCK_M == 128 else 0
 
     def exchanged_rows(self, config: ForwardConfig) -> int:
-        """With a fixed reference also each row's own key, which it reads first."""
-        return 4 * config.BLOCK_M if config.SOFTMAX == "fixed_reference" else super().exchanged_rows(config)
+        """More with a fixed reference, which first reads a key for each row."""
+        rows = super().exchanged_rows(config)
+        return max(4 * config.BLOCK_M, rows) if config.SOFTMAX == "fixed_reference" else rows
 
     def score_and_output_chunks(self, head_dim: int, head_dim_layout: str) -> tuple[list[Chunk], list[Chunk]]:
         if head_dim_layout != "split":

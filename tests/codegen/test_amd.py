@@ -25,7 +25,7 @@ from parallax_gen.tuning.workers.worker import Worker
 
 CARDS = {gpu.target: gpu for gpu in (GPUS["mi300x"], GPUS["mi355x"])}
 FORWARD = KernelSpec("forward", 64, "bf16", causal=True, stats=True)
-FIXED = ForwardConfig(64, 32, 1, 4, 2, maxnreg=168, LOADS="descriptors", SOFTMAX="fixed_reference")
+FIXED = ForwardConfig(32, 32, 1, 4, 2, maxnreg=168, LOADS="descriptors", SOFTMAX="fixed_reference")
 SHAPE = Shape(1, 2, 2, 256, 256)
 OF_CUDA = ("inline_asm", "TensorDescriptor", "maxnreg", "launch_pdl", "gdc_")
 
