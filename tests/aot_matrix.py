@@ -88,9 +88,10 @@ def jobs_of(kind: str, capability: str, dtypes: Sequence[str] = DTYPES) -> list[
                 for bucket in BUCKETS[kind]:
                     shape = representative(replace(bucket, window=128 if spec.window else 0), spec.group)
                     for gpu in GPUS.values():
-                        if gpu.target == capability and (gpu.has_tf32 or spec.dtype != "tf32"):
-                            config = default_config(spec, shape, gpu)
-                            jobs.setdefault((spec, config), Job(spec, config, gpu, shape))
+                        if gpu.target == capability:
+                            runs = spec if gpu.has_tf32 or spec.dtype != "tf32" else replace(spec, dtype="fp32")
+                            config = default_config(runs, shape, gpu)
+                            jobs.setdefault((runs, config), Job(runs, config, gpu, shape))
     return list(jobs.values())
 
 

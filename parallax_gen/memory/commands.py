@@ -16,7 +16,9 @@ NOT_MEASURED = "kernels for AMD GPUs are compiled, not measured"
 
 def how_to_measure(place: Place, gpu: Gpu) -> str:
     """What a user does to measure a place on the card that calls run on, as a sentence."""
-    return f"{NOT_MEASURED.capitalize()}." if gpu.is_amd else f"Run `{tune_command(place)}` to measure it."
+    return (
+        f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}." if gpu.is_amd else f"Run `{tune_command(place)}` to measure it."
+    )
 
 
 def tune_command(place: Place) -> str:

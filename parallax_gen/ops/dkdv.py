@@ -58,6 +58,10 @@ class DkDvOp(GradientOp[DkDvConfig]):
         chunked=((16, 64, 4, 3),),
     )
 
+    tiles_of_amd = replace(
+        tiles, usual=((16, 64, 4, 2), (16, 32, 4, 2)), narrow=(), wide=((16, 32, 4, 2),), split=((16, 32, 4, 2),)
+    )
+
     def described(self, config: DkDvConfig) -> tuple[tuple[str, ...], ...]:
         return (("q", "r"), ("do",)) if config.QR_TILE == "stacked" else super().described(config)
 

@@ -44,6 +44,14 @@ class DqDrOp(GradientOp[DqDrConfig]):
         tiles, usual=((64, 32, 4, 3), (32, 32, 4, 2), (64, 32, 4, 2)), narrow=(), wide=((32, 32, 4, 2), (32, 32, 4, 1))
     )
 
+    tiles_of_amd = replace(
+        tiles,
+        usual=((64, 32, 4, 2), (32, 32, 4, 2)),
+        narrow=(),
+        wide=((32, 32, 4, 2), (16, 32, 4, 2)),
+        split=((32, 32, 4, 2), (16, 32, 4, 2)),
+    )
+
     def owned_rows(self, spec: KernelSpec, config: DqDrConfig, gpu: Gpu) -> int:
         return 3 * config.BLOCK_M
 

@@ -54,6 +54,14 @@ class ForwardOp(TiledOp[ForwardConfig]):
         split=((64, 32, 8, 2), (32, 32, 4, 2)),
     )
 
+    tiles_of_amd = replace(
+        tiles,
+        usual=((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        narrow=(),
+        wide=((32, 32, 4, 2),),
+        split=((64, 32, 4, 2), (32, 32, 4, 2)),
+    )
+
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:
         return knob.values[:1] if knob.name == "SOFTMAX" and spec.dtype == "fp16" else super().usable(spec, knob)
 

@@ -91,6 +91,21 @@ def test_a_card_outside_the_table_has_no_siblings() -> None:
     assert best(dataclasses.replace(PLACE, gpu="nvidia-x-1sm"), GPU, RecordTable([sibling])).tier == Tier.DEFAULT
 
 
+@pytest.mark.parametrize("name", ["mi300x", "mi355x"])
+def test_an_amd_card_borrows_from_its_architecture_alone(name: str) -> None:
+    card = GPUS[name]
+    others = [gpu for gpu in GPUS.values() if gpu.target != card.target]
+    assert siblings(card) == [gpu.name for gpu in GPUS.values() if gpu.target == card.target and gpu is not card]
+    assert not any(name in siblings(gpu) for gpu in others)
+    place, config = dataclasses.replace(PLACE, gpu=name), default_of(dataclasses.replace(PLACE, gpu=name), card)
+    elsewhere = [record(config=config, place=dataclasses.replace(PLACE, gpu=gpu.name)) for gpu in others]
+    assert best(place, card, RecordTable(elsewhere)).tier == Tier.DEFAULT
+    here = [record(config=config, place=place)]
+    assert all(best(r.place, GPUS[r.place.gpu], RecordTable(here)).record is None for r in elsewhere)
+    of_sibling = record(config=config, place=dataclasses.replace(PLACE, gpu=siblings(card)[0]))
+    assert best(place, card, RecordTable([of_sibling])).tier == Tier.SIBLING_CARD
+
+
 def test_a_siblings_preprocess_is_not_borrowed() -> None:
     place = Place(GPU.name, KernelSpec("preprocess", 128, "bf16"), Bucket(8, 4096, 4096))
     sibling = dataclasses.replace(place, gpu="h100")

@@ -25,11 +25,11 @@ TENSOR_COLUMNS = 512  # a multiprocessor's tensor memory
 
 
 def check(jobs: list[Job], folder: Path) -> None:
-    """Assert that every job fits its card, and that decode's bound holds for it."""
+    """Assert that every job fits its card, and that its bound holds for it: decode has one, and so has AMD."""
     wrong = []
     for job, found in zip(jobs, needs(jobs, folder), strict=True):
         most = job.gpu.shared_per_block
-        if job.spec.public_op == "decode":
+        if job.spec.public_op == "decode" or job.gpu.is_amd:
             most = min(most, shared_bytes(job.spec, job.config, job.gpu))
         if found.error or found.shared_bytes > most or found.tensor_columns > TENSOR_COLUMNS:
             wrong.append(f"{job.gpu.name}: {job.spec}: {job.config}: {found}; {most} bytes at the most")
@@ -41,6 +41,7 @@ def test_a_sample_of_defaults_fits(tmp_path: Path) -> None:
     draw, kinds, cards = random.Random(18), list(BUCKETS), list(CARDS)
     # Consecutive kernels are on different cards.
     jobs = [draw.choice(jobs_of(kinds[i % 8], cards[(i + i // 8 * 3) % 8])) for i in range(12)]
+    jobs += [draw.choice(jobs_of(*of)) for of in (("dqdr", "gfx942"), ("forward stats", "gfx950"))]
     # Of a B200's shared memory this default has the most.
     shape = representative(Bucket(64, 4096, 4096), 1)
     wide = KernelSpec("forward", 256, "bf16", causal=True, stats=True)
@@ -69,6 +70,19 @@ def test_decode_needs_at_most_its_bound(tmp_path: Path) -> None:
         config = coerce(spec, {knob.name: draw.choice(knob.values) for knob in knobs_of(spec)})
         if why_invalid(spec, config, gpu) is None:
             jobs.append(Job(spec, config, gpu, representative(prefilled_or_decoded(spec), spec.group)))
+    check(jobs, tmp_path)
+
+
+def test_amd_kernels_need_at_most_their_bound(tmp_path: Path) -> None:
+    """For random configs of training's kernels, which on NVIDIA cards have no bound."""
+    draw, jobs = random.Random(18), []
+    while len(jobs) < 4:
+        gpu = CARDS[draw.choice(("gfx942", "gfx950"))]
+        spec = draw.choice(specs_of(draw.choice(("forward", "dkdv", "dqdr")), draw.choice(HEAD_DIMS), "bf16"))
+        config = coerce(spec, {knob.name: draw.choice(knob.values) for knob in knobs_of(spec)})
+        if why_invalid(spec, config, gpu) is None:
+            bucket = Bucket(64, 4096, 4096, 128 if spec.window else 0)
+            jobs.append(Job(spec, config, gpu, representative(bucket, spec.group)))
     check(jobs, tmp_path)
 
 
