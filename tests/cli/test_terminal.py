@@ -140,7 +140,14 @@ def test_a_group_without_a_command_shows_its_help() -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("h2000", "h200"), ("H100 SXM9", "h100"), ("rtx 4080", "rtx4090"), ("a1000", "a100"), ("mi300", "")],
+    [
+        ("h2000", "h200"),
+        ("H100 SXM9", "h100"),
+        ("rtx 4080", "rtx4090"),
+        ("a1000", "a100"),
+        ("mi300", "mi300x"),
+        ("voodoo", ""),
+    ],
 )
 def test_an_unknown_gpu_gets_the_nearest_name(name: str, nearest: str) -> None:
     for command in (("list",), ("explain", *CALL[2:]), ("report",), ("ship",), ("db", "export", "-")):
