@@ -1,4 +1,4 @@
-"""The form of an op's default tiles."""
+"""The form of an op's default tiles. Those of AMD GPUs are by registers and LDS alone, and tf32 has those of fp32."""
 
 from __future__ import annotations
 

@@ -59,7 +59,12 @@ class DkDvOp(GradientOp[DkDvConfig]):
     )
 
     tiles_of_amd = replace(
-        tiles, usual=((16, 64, 4, 2), (16, 32, 4, 2)), narrow=(), wide=((16, 32, 4, 2),), split=((16, 32, 4, 2),)
+        tiles,
+        usual=((16, 64, 4, 2), (16, 32, 4, 2)),
+        narrow=(),
+        wide=((16, 32, 4, 2),),
+        split=((16, 32, 4, 2),),
+        fp32=((16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     )
 
     def described(self, config: DkDvConfig) -> tuple[tuple[str, ...], ...]:

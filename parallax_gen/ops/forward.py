@@ -60,6 +60,7 @@ class ForwardOp(TiledOp[ForwardConfig]):
         narrow=(),
         wide=((32, 32, 4, 2),),
         split=((64, 32, 4, 2), (32, 32, 4, 2)),
+        fp32=((64, 32, 4, 1), (64, 16, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     )
 
     def usable(self, spec: KernelSpec, knob: Knob) -> tuple[Value, ...]:

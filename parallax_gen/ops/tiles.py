@@ -76,8 +76,7 @@ class TiledOp(Op[T]):
     tiles       the tiles of its default configs
     tiles_of_synchronous_matmuls  the same for GPUs without asynchronous matmuls: all but Hopper, B200 and B300. There
                 operands are in registers, too, so larger tiles spill, from compiling, up to 6 KB a thread
-    tiles_of_amd  the same for AMD GPUs, from compiling alone: those that spill nothing or little. A thread of 4 warps
-                has twice the registers of one of 8, and two stages are what Triton's AMD backend has by default
+    tiles_of_amd  the same for AMD GPUs, from compiling alone: these spill little or nothing, of 4 warps and two stages
     owns_keys   whether a program owns keys and streams query rows, not the reverse
     pads_wide   whether by default every head_dim over 128 that is no power of two is padded
     fp32_shift  log2 of the fp32 tile size that a warp's registers hold: see `why_invalid`
@@ -191,10 +190,11 @@ class TiledOp(Op[T]):
         group_heads = self.floor_of("GROUP_HEADS", self.heads_in_l2(spec, shape, gpu))
         of = self.tiles if gpu.has_async_matmuls else self.tiles_of_synchronous_matmuls
         of = self.tiles_of_amd if gpu.is_amd else of
-        tiles: Sequence[Tile] = of.fp32 if spec.dtype == "fp32" else of.usual
-        if spec.head_dim <= 64 and spec.dtype != "fp32":
+        in_fp32 = spec.dtype == "fp32" or (gpu.is_amd and spec.dtype == "tf32")
+        tiles: Sequence[Tile] = of.fp32 if in_fp32 else of.usual
+        if spec.head_dim <= 64 and not in_fp32:
             tiles = (*of.narrow, *tiles)
-        elif spec.head_dim > 128 and spec.dtype != "fp32":
+        elif spec.head_dim > 128 and not in_fp32:
             tiles = (*of.wide, *tiles)
         blocks = shape.batch * shape.heads * (shape.seqlen_q // 128 + 1)
         if blocks < gpu.sms:  # too few large tiles to fill the card
