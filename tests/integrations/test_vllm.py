@@ -170,6 +170,14 @@ def test_attention_of_other_kinds_is_refused(options: dict[str, Any], message: s
         layer_of(Requests((1,)), 16, **options)
 
 
+def test_8_bit_caches_are_refused_with_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On gfx942 vLLM stores e4m3fnuz, whose numbers are half of those of e4m3fn with the same bits."""
+    monkeypatch.setattr(torch.version, "hip", "7.0.51831")
+    layer_of(Requests((1,)), 16)
+    with pytest.raises(ArgumentError, match="kv_cache_dtype: got fp8; allowed: auto, float16 or bfloat16 on AMD GPUs"):
+        layer_of(Requests((1,)), 16, cache_config=SimpleNamespace(cache_dtype="fp8"))
+
+
 def test_attention_that_is_not_causal_is_refused() -> None:
     builder = imported("vllm.backend").ParallaxMetadataBuilder(None, [], None, torch.device("cpu"))
     with pytest.raises(ArgumentError, match="causal: got False"):

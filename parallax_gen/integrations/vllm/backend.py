@@ -127,6 +127,9 @@ class ParallaxAttentionImpl(AttentionImpl):
             raise ArgumentError("alibi_slopes", "a list", "None")
         if attn_type != "decoder":
             raise ArgumentError("attn_type", attn_type, "decoder")
+        if torch.version.hip and kv_cache_dtype in _CACHE_DTYPES:
+            allowed = "auto, float16 or bfloat16 on AMD GPUs, where vLLM may store other 8-bit floats"
+            raise ArgumentError("kv_cache_dtype", kv_cache_dtype, allowed)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.sliding_window, self.kv_cache_dtype = sliding_window, kv_cache_dtype
