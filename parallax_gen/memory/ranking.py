@@ -7,14 +7,13 @@ Triton or ptxas may have compiled it. Tiers, best first:
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
 3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200; not for
    preprocess, whose speed depends on its own card's memory
-4. near bucket: the same kernel in a near bucket: first with other lengths, then with another kv_rows; for decode of one
-   query per sequence, where measurements (docs/borrowing.md) put it ahead of the default. For other kernels only where
-   the fastest config there is this place's default: then a measurement supports the config that the call would get
+4. near bucket: the same kernel in a near bucket, first with other lengths, then with another kv_rows: of any config in
+   decode of one query per sequence (docs/borrowing.md says why), of this place's default config in other kernels
 5. default: the heuristics
 
-Within a tier the same toolchain goes first, then the newest; times are compared only within one card and toolchain. The
-records of a search that did not know a knob value of today's default, or of a sibling's newer best, are skipped: the
-configs that they beat did not have it. Records whose kernel is no longer rendered only give the tuner hints.
+Within a tier the same toolchain goes first, then the newest; times are compared only within one card and toolchain.
+Records of a search that did not know a knob value of today's default, or of a sibling's newer best, are skipped: what
+they beat did not have it. Records whose kernel is no longer rendered only give the tuner hints.
 """
 
 from __future__ import annotations
@@ -88,9 +87,7 @@ def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None 
     any_config = op_of(place.spec).uses_near_records(place.spec)
     for near in near_places(place):
         for search in _searches(memory.results(near), here):
-            if search.unknown_knob(default) or not (any_config or search.measured[0].config == default):
-                continue
-            record = next(filter(usable, search.measured), None)
+            record = None if search.unknown_knob(default) else next(filter(usable, search.measured), None)
             if record is not None and (any_config or record.config == default):
                 yield Candidate(Tier.NEAR_BUCKET, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
@@ -207,16 +204,12 @@ def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
 
     Empty for a card that is not in the table, for which `gpu` stands in (descriptions.card_of).
     """
-    names = siblings(gpu) if gpu.name == place.gpu and op_of(place.spec).uses_sibling_records else []
-    return [replace(place, gpu=name) for name in names]
+    borrows = gpu.name == place.gpu and op_of(place.spec).uses_sibling_records
+    return [replace(place, gpu=name) for name in siblings(gpu)] if borrows else []
 
 
 def borrowable_near_places(place: Place) -> list[Place]:
-    """The `near_places` without whose records the place's calls may get other configs; symmetric.
-
-    All of them for ops that borrow any config. Where a near record can only support the default, calls get the default
-    without it too.
-    """
+    """The `near_places` without whose records calls may get other configs: none where those support the default."""
     return list(near_places(place)) if op_of(place.spec).uses_near_records(place.spec) else []
 
 
@@ -233,7 +226,7 @@ def is_valid(result: Result, gpu: Gpu) -> bool:
 def is_rendered(result: Result, gpu: Gpu) -> bool:
     """Whether today's templates still render the kernel of a result for a card."""
     place, evidence = result.place, result.evidence
-    if evidence.templates or not is_valid(result, gpu):  # no kernel from before fingerprints is rendered any more
+    if evidence.templates or not is_valid(result, gpu):  # none from before fingerprints is rendered any more
         return False
     if text_hash_of(place.spec, result.config, gpu) == evidence.text:
         return True  # equal texts need not be parsed

@@ -118,7 +118,7 @@ class CacheOp(Op[DecodeConfig]):
         splits = self.floor_of("NUM_SPLITS", max(1, most))
         merge = self.merge_of(spec, splits, min(spec.group, block_h))
         tiles = _default_tiles(spec, block_h, gpu)
-        if block_h == 64 and gpu.capability[0] == 9:
+        if block_h == 64 and gpu.has_wgmma:
             tiles = [*_hopper_tiles_of_prompts(spec, shape, programs / gpu.sms, splits), *tiles]
         return [DecodeConfig(n, h, splits, merge, num_warps=w, num_stages=s) for n, h, w, s in tiles]
 

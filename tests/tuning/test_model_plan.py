@@ -10,7 +10,7 @@ from rich.console import Console
 
 from parallax_gen.codegen.render import render
 from parallax_gen.describe import duration
-from parallax_gen.memory.ranking import RecordTable, default_of, evidence_of
+from parallax_gen.memory.ranking import RecordTable, best, default_of, evidence_of
 from parallax_gen.memory.result import Result
 from parallax_gen.ops.space import promising_configs
 from parallax_gen.problem.hardware import GPUS
@@ -45,10 +45,12 @@ def test_each_place_has_one_job() -> None:
 def test_kernels_without_a_measurement_come_first() -> None:
     first = plan().jobs
     known = next(job for job in first if job.spec.op == "decode_varlen")
-    jobs = plan(RecordTable([measured(known, 10.0)])).jobs
+    records = RecordTable([measured(known, 10.0)])
+    jobs = plan(records).jobs
     assert known != first[-1]
-    assert jobs == [*(job for job in first if job != known), known]
-    assert plan(RecordTable([measured(known, 10.0)])).tiers["measured here"] == 1
+    assert jobs[-1] == known
+    assert jobs == sorted(first, key=lambda job: best(job.place, GPU, records).tier, reverse=True)
+    assert plan(records).tiers["measured here"] == 1
 
 
 def test_the_longest_time_is_that_of_all_budgets() -> None:
