@@ -1,9 +1,9 @@
 """Checks a borrowed kernel before a call uses it: the call gets the first kernel of the ranking that passes.
 
 A kernel that was measured with another Triton or on another card may fit its registers there and spill here. So a
-borrowed kernel is compiled before its first launch. It is skipped if it spills far more than the default, does not fit
-the card, or does not compile. The outcome is kept in the cache folder. So commands that compile nothing name the same
-kernel, or say that it was not checked yet.
+borrowed kernel is compiled before its first launch, unless it is the default. It is skipped if it spills far more than
+the default, does not fit the card, or does not compile. The outcome is kept in the cache folder. So commands that
+compile nothing name the same kernel, or say that it was not checked yet.
 """
 
 from __future__ import annotations
@@ -68,14 +68,15 @@ def checked_choice(
     if lock is not None:
         return CheckedChoice(lock.candidate(place, gpu), True)
     compiled = compiled or (lambda config: _read_cached(text_hash_of(place.spec, config, gpu), gpu))
+    default = default_of(place, gpu)
     refused: list[tuple[Candidate, str]] = []
     for candidate in launch_candidates(place, gpu, memory):
-        borrowed = candidate.tier not in NOT_BORROWED
+        borrowed = candidate.tier not in NOT_BORROWED and candidate.config != default
         reason = _why_refused(candidate.config, place, gpu, compiled) if borrowed else ""
         if not reason:
             return CheckedChoice(candidate, reason is not None, tuple(refused))
         refused.append((candidate, reason))
-    return CheckedChoice(Candidate(Tier.DEFAULT, default_of(place, gpu), None), True, tuple(refused))
+    return CheckedChoice(Candidate(Tier.DEFAULT, default, None), True, tuple(refused))
 
 
 def launch_candidates(

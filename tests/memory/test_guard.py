@@ -130,6 +130,14 @@ def test_kernels_measured_here_are_not_checked() -> None:
     assert compiler.requests == []
 
 
+def test_a_borrowed_record_of_the_default_is_not_checked() -> None:
+    compiler = Compiler()
+    result = checked_choice(PLACE, GPU, RecordTable([record(DEFAULT, 1.0)]), compiler)
+    assert (result.candidate.tier, result.candidate.config) == (Tier.OTHER_TOOLCHAIN, DEFAULT)
+    assert result.checked
+    assert compiler.requests == []
+
+
 def test_kernels_not_compiled_yet_are_reported_as_unchecked() -> None:
     result = checked_choice(PLACE, GPU, BORROWED)
     assert (result.candidate.config, result.checked) == (FIRST, False)

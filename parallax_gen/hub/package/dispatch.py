@@ -54,12 +54,12 @@ def candidates(spec: KernelSpec, bucket: Bucket, card: str, toolchain: str) -> l
 
 
 def first_good(options: list[Choice], gpu: Gpu, compiled: CompiledResources | None) -> Choice:
-    """The first candidate that is not borrowed, or compiles well.
+    """The first candidate that is not borrowed, has the default's config, or compiles well.
 
     compiled  None where nothing can be compiled: then the first candidate
     """
     for option in options:
-        if compiled is None or option.tier in (MEASURED_HERE, DEFAULT):
+        if compiled is None or option.tier in (MEASURED_HERE, DEFAULT) or option.config == options[-1].config:
             return option
         reason = _why_refused(option, options[-1], gpu, compiled)
         if not reason:
