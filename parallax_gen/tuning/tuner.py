@@ -13,7 +13,7 @@ from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.memory.toolchain import UntestedTritonWarning, newer_than_tested
 from parallax_gen.tuning.claims import Storage
-from parallax_gen.tuning.job import Job, Progress, program_key, refresh_configs
+from parallax_gen.tuning.job import MAX_REFRESHED, Job, Progress, program_key, refresh_configs
 from parallax_gen.tuning.job_run import JobRun
 from parallax_gen.tuning.scheduler import Scheduler, Watcher
 from parallax_gen.tuning.workers.pool import Pool, WorkerProtocol, usable_cpus
@@ -118,8 +118,9 @@ class Tuner:
         self._runs += len(jobs)
         # Created lazily: the results of a place are read from the store at that moment.
         runs = ((next(numbers), self._create_run(job, trials)) for job in jobs)
-        # A refresh compiles few configs for each job, so compilers work for several jobs at a time.
-        compile_ahead_runs = max(len(self._measuring), self._pool.compilers // 2 if self._refresh else 1)
+        # With few configs for each job, as in a refresh, compilers work for several jobs at a time.
+        few = self._refresh is not None or trials <= MAX_REFRESHED
+        compile_ahead_runs = max(len(self._measuring), self._pool.compilers // 2 if few else 1)
         return Scheduler(self._pool, runs, list(self._measuring), compile_ahead_runs).run_all(time_budget_s, watcher)
 
     def _create_run(self, job: Job, trials: int) -> JobRun:
