@@ -43,9 +43,9 @@ def layer_of(requests: Requests, block_size: int, **options: Any) -> Any:
         prefix="model.layers.0.attn",
         **options,
     )
-    backend = layer.attn.attn_backend
+    backend = layer.attn_backend
     shape = backend.get_kv_cache_shape(BLOCKS, block_size, requests.kv_heads, requests.head_dim)
-    layer.attn.kv_cache = torch.full(shape, float("nan"))
+    layer.kv_cache = torch.full(shape, float("nan"))
     return layer
 
 
@@ -74,8 +74,8 @@ def step(layer: Any, requests: Requests, counts: tuple[int, ...], block_size: in
         block_table_tensor=table,
         slot_mapping=torch.tensor(slots + [-1] * padding),
     )
-    builder = layer.attn.attn_backend.get_builder_cls()(None, ["model.layers.0.attn"], None, torch.device("cpu"))
-    layer.attn.metadata = builder.build(0, common)
+    builder = layer.attn_backend.get_builder_cls()(None, ["model.layers.0.attn"], None, torch.device("cpu"))
+    layer.metadata = builder.build(0, common)
     out: torch.Tensor = layer(q, r, k, v)
     return out
 
@@ -101,11 +101,11 @@ def test_padding_of_a_batch_is_neither_stored_nor_attended(counts: tuple[int, ..
     requests = Requests(TOTALS)
     layer = layer_of(requests, 16)
     step(layer, requests, STEPS[0], 16)
-    filled = int((~layer.attn.kv_cache.isnan()).sum())
+    filled = int((~layer.kv_cache.isnan()).sum())
     out = step(layer, requests, counts, 16, padding=3)
     assert out.shape[0] == sum(counts) + 3
     torch.testing.assert_close(out[: sum(counts)], requests.expected(counts), rtol=1e-4, atol=1e-5)
-    added = int((~layer.attn.kv_cache.isnan()).sum()) - filled
+    added = int((~layer.kv_cache.isnan()).sum()) - filled
     assert added == 2 * sum(counts) * requests.kv_heads * requests.head_dim
 
 
@@ -134,9 +134,9 @@ def test_an_8_bit_cache_is_read_with_the_layers_scales() -> None:
     requests = Requests((12,))
     cache_config = SimpleNamespace(cache_dtype="fp8")
     layer = layer_of(requests, 16, cache_config=cache_config)
-    layer.attn.kv_cache = torch.zeros(layer.attn.kv_cache.shape, dtype=torch.uint8)
-    layer.attn._k_scale.fill_(0.5)
-    layer.attn._v_scale.fill_(2.0)
+    layer.kv_cache = torch.zeros(layer.kv_cache.shape, dtype=torch.uint8)
+    layer._k_scale.fill_(0.5)
+    layer._v_scale.fill_(2.0)
     rounded = Requests((12,))
     for name in ("q", "r", "k", "v"):
         setattr(requests, name, [x.bfloat16() for x in getattr(requests, name)])
@@ -146,6 +146,14 @@ def test_an_8_bit_cache_is_read_with_the_layers_scales() -> None:
     rounded.lengths = [12]
     out = step(layer, requests, (12,), 16)
     torch.testing.assert_close(out.float(), rounded.expected((12,)), rtol=2e-2, atol=2e-2)
+
+
+def test_scales_have_the_names_that_vllm_loads() -> None:
+    """vLLM renames a checkpoint's `self_attn.k_proj.k_scale` to `self_attn.attn.k_scale`, else leaves it out."""
+    attention = torch.nn.Module()
+    attention.attn = layer_of(Requests((1,)), 16)
+    assert set(attention.state_dict()) == {"attn._k_scale", "attn._v_scale"}
+    assert isinstance(attention.attn, vllm_stub.Attention)  # vLLM prepares the scales of these after loading
 
 
 def test_while_vllm_measures_memory_the_output_is_0() -> None:
