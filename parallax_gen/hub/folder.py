@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import keyword
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,10 @@ from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 REPO_ID = "your-name/parallax-attn"
-_REPO_ID = re.compile(r"[\w.-]+/([a-z][-a-z0-9]*[a-z0-9])")
+_NAME = r"[a-z][-a-z0-9]*[a-z0-9]"  # as kernel-builder takes it
+_REPO_ID = re.compile(rf"[\w.-]+/({_NAME})")
+_EARLIER = re.compile(rf'^name = "({_NAME})"$', re.MULTILINE)  # in build.toml
+_NEEDED = {"torch", "triton"}  # no package may hide what it imports
 BACKEND = "cuda"
 
 
@@ -71,20 +76,24 @@ def write_package(
     calls    the kernels; shapes only choose windows: a package has the kernels of all other sizes
     repo_id  owner/name in the hub; REPO_ID if it is not known yet
 
-    Replaces the code of an earlier export. Raises ArgumentError for another repo_id than owner/name, for an AMD GPU,
-    and if a lock is on; ParallaxGenError for a folder with something else; ConfigError for a kernel that does not fit a
-    card.
+    Replaces the files of an earlier export, whatever its name was. Raises ArgumentError for another repo_id than
+    owner/name, for a name that cannot be imported, for an AMD GPU, and if a lock is on; ParallaxGenError for a folder
+    with something else; ConfigError for a kernel that does not fit a card.
     """
     repo_id = repo_id or REPO_ID
     match = _REPO_ID.fullmatch(repo_id)
     if match is None:
-        raise ArgumentError("repo_id", repr(repo_id), "owner/name; the name of lower-case letters, digits and hyphens")
-    name, module = match[1], match[1].replace("-", "_")
+        allowed = "owner/name; the name has two or more lower-case letters, digits and hyphens, the first a letter"
+        raise ArgumentError("repo_id", repr(repo_id), allowed)
+    name, module = match[1], _module(match[1])
+    if keyword.iskeyword(module) or module in _NEEDED | sys.stdlib_module_names:
+        allowed = f"another name: {module} is Python's, or what the package imports"
+        raise ArgumentError("repo_id", repr(repo_id), allowed)
     if lock := os.environ.get(LOCK):
         raise ArgumentError(LOCK, lock, "not set: a package has kernels of all sizes, which no lock has")
     if amd := [gpu.title for gpu in gpus if gpu.is_amd]:
         raise ArgumentError("gpu", ", ".join(amd), f"NVIDIA GPUs: hub packages are for {BACKEND}")
-    _check_folder(folder)
+    earlier = _earlier_module(folder) or module
     records = PackageRecords(calls, gpus, memory)
     rendered = records.rendered
     code = python_files()
@@ -99,8 +108,10 @@ def write_package(
     }
     package = HubPackage(folder, module, records.specs, len(rendered))
     try:
-        for path in (folder / "torch-ext" / module, package.build):
+        for path in (*(folder / "torch-ext" / old for old in (earlier, module)), package.build):
             shutil.rmtree(path, ignore_errors=True)
+        if earlier != module:
+            (folder / "tests" / f"test_{earlier}.py").unlink(missing_ok=True)
         _write(folder, files)
         _write(folder / "torch-ext" / module, code)
         _write(package.build, built(code, name))
@@ -143,11 +154,19 @@ def add_op_namespace_prefix(op_name: str) -> str:
 '''
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises ParallaxGenError unless a folder is missing, empty, or from an earlier export."""
+def _module(name: str) -> str:
+    """The Python package of a package of this name."""
+    return name.replace("-", "_")
+
+
+def _earlier_module(folder: Path) -> str | None:
+    """The Python package that an earlier export wrote into a folder; None if it is missing or empty.
+
+    Raises ParallaxGenError if the folder has something else.
+    """
     try:
         if not folder.exists() or not any(folder.iterdir()):
-            return
+            return None
         text = (folder / "build.toml").read_text(encoding="utf-8")
     except FileNotFoundError:
         text = ""
@@ -155,6 +174,8 @@ def _check_folder(folder: Path) -> None:
         raise ParallaxGenError(f"cannot read {folder}: {error}") from error
     if not text.startswith(FIRST_LINE):
         raise ParallaxGenError(f"{folder} is not empty, and is not a package that was exported: choose another folder")
+    name = _EARLIER.search(text)
+    return _module(name[1]) if name else None
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

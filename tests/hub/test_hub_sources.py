@@ -180,10 +180,31 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["build.toml"]
 
 
-@pytest.mark.parametrize("repo_id", ["parallax-attn", "me/Parallax", "me/parallax_attn", "me/p/q"])
+def test_an_export_under_another_name_leaves_nothing_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_sizes(monkeypatch, kv_rows=KV_HEADS, longest=128)
+    folder = tmp_path / "attention"
+    write_package(folder, calls_of([DECODE]), [H200], Memory())
+    (folder / "tests" / "test_mine.py").write_text("", encoding="utf-8")
+    package = write_package(folder, calls_of([DECODE]), [H200], Memory(), "me/second-name")
+    assert package.module == "second_name"
+    assert [path.name for path in (folder / "torch-ext").iterdir()] == ["second_name"]
+    assert {path.name for path in (folder / "tests").iterdir()} == {"test_mine.py", "test_second_name.py"}
+
+
+@pytest.mark.parametrize("repo_id", ["parallax-attn", "me/Parallax", "me/parallax_attn", "me/p/q", "me/p", "me/p-"])
 def test_a_name_that_the_hub_does_not_allow(tmp_path: Path, repo_id: str) -> None:
-    with pytest.raises(ArgumentError, match="repo_id: got"):
+    with pytest.raises(ArgumentError, match=r"repo_id: got .* allowed: owner/name; the name has two or more"):
         write_package(tmp_path, calls_of([DECODE]), [H200], Memory(), repo_id)
+
+
+@pytest.mark.parametrize("name", ["class", "torch", "triton", "json"])
+def test_a_name_that_python_takes_for_another(tmp_path: Path, name: str) -> None:
+    """Its tests would import that, or not compile."""
+    with pytest.raises(ArgumentError, match=f"repo_id: got 'me/{name}'; allowed: another name: {name} is Python's"):
+        write_package(tmp_path / "attention", calls_of([DECODE]), [H200], Memory(), f"me/{name}")
+    assert not (tmp_path / "attention").exists()
 
 
 def test_a_lock_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
