@@ -183,6 +183,14 @@ def test_a_command_says_so_in_one_line(folder: Path, hidden: str, arguments: str
     assert (folder / "mine.db").exists() == (hidden == "rich")  # which is imported later than the database is opened
 
 
+def test_the_integration_of_transformers_names_its_extra(folder: Path) -> None:
+    code = "import parallax_gen.integrations.transformers as module"
+    done = python(code, folder=folder, hidden={"transformers"})
+    assert done.returncode == 1
+    line = f"parallax_gen.integrations.transformers needs transformers: {install_command('transformers')}"
+    assert done.stderr.splitlines()[-1] == f"ModuleNotFoundError: {line}"
+
+
 def test_doctor_says_what_is_missing(folder: Path) -> None:
     code = "from parallax_gen.cli import main; main(['doctor'])"
     versions = "from importlib import metadata\nknown = metadata.version\n"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 
 import pytest
 
-from parallax_gen.errors import ArgumentError
+from parallax_gen.errors import ArgumentError, install_command
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import every_config, why_invalid
 from parallax_gen.ops.tiles import TileConfig
@@ -130,5 +131,6 @@ def test_unusable_samplers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArgumentError, match="'model' without a guess"):
         Search(FORWARD, H200, sampler="model")
     monkeypatch.setattr(search_module, "find_spec", lambda name: None)
-    with pytest.raises(ArgumentError, match="pip install cmaes"):
+    install = install_command("samplers")
+    with pytest.raises(ArgumentError, match=re.escape(f"package cmaes; allowed: this sampler after: {install}")):
         Search(FORWARD, H200, sampler="cma")

@@ -19,7 +19,15 @@ attention weights, masks of four dimensions and padding between tokens are refus
 
 from __future__ import annotations
 
-from parallax_gen.integrations.transformers.attention import parallax_attention, parallax_mask
-from parallax_gen.integrations.transformers.models import ProbeLoader, convert
+from parallax_gen.errors import install_command
+
+try:
+    from parallax_gen.integrations.transformers.attention import parallax_attention, parallax_mask
+    from parallax_gen.integrations.transformers.models import ProbeLoader, convert
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    line = f"{__name__} needs transformers: {install_command('transformers')}"
+    raise ModuleNotFoundError(line, name=error.name) from None
 
 __all__ = ["ProbeLoader", "convert", "parallax_attention", "parallax_mask"]

@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState, create_trial
 
-from parallax_gen.errors import ArgumentError
+from parallax_gen.errors import ArgumentError, install_command
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.space import coerce, every_config, knobs_of
 from parallax_gen.problem.hardware import Gpu
@@ -110,7 +110,9 @@ def _sampler(name: str, spec: KernelSpec, seed: int | None, guess: Guess | None)
         return _MODEL_SAMPLERS[name](guess)
     if package := missing_package(name):
         raise ArgumentError(
-            "sampler", f"{name!r} without the package {package}", f"this sampler after: pip install {package}"
+            "sampler",
+            f"{name!r} without the package {package}",
+            f"this sampler after: {install_command('samplers')}",
         )
     if name in _OPTUNA:
         make, ordered = _OPTUNA[name]
