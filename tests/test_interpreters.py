@@ -1,4 +1,5 @@
-"""The package on the other Pythons of this machine: it compiles, and renders the kernels that this one renders."""
+"""The package on the other Pythons of this machine: it compiles, and renders the kernels that this one renders; where
+torch can be installed for them (slow), the kernels run in the interpreter and compile ahead of time."""
 
 from __future__ import annotations
 
@@ -92,3 +93,47 @@ def rendered_here(folder: Path) -> str:
 def test_another_python_renders_the_same(version: str, folder: Path, rendered_here: str) -> None:
     assert "def launch(" in rendered_here
     assert smoke(PYTHONS[version], folder) == rendered_here
+
+
+# An attention call in Triton's interpreter, against the formula, and a kernel compiled ahead of time.
+RUN = """
+import os
+import torch
+from parallax_gen import KernelSpec, Shape
+from parallax_gen.codegen.build import compile_for, load
+from parallax_gen.codegen.render import render
+from parallax_gen.ops.space import default_config
+from parallax_gen.oracle.reference import reference_forward
+from parallax_gen.problem.hardware import gpu_by_name
+
+spec, gpu, shape = KernelSpec("forward", 64, "fp16", causal=True), gpu_by_name("a100"), Shape(1, 2, 2, 50, 50)
+config = default_config(spec, shape, gpu)
+source = render(spec, config, gpu)
+if os.environ["TRITON_INTERPRET"] == "1":
+    q, r, k, v = (torch.randn(1, 50, 2, 64, dtype=torch.float16) for _ in range(4))
+    out = torch.empty_like(q)
+    load(source).launch(q=q, r=r, k=k, v=v, out=out, softmax_scale=0.125)
+    expected = reference_forward(q, r, k, v, causal=True).out
+    assert (out - expected).norm() < 1e-3 * expected.norm()  # fp16 rounds by up to 5e-4
+else:
+    assert compile_for(source, spec, config, shape, gpu).registers > 0
+print("good")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHONS, reason="there is no other Python here")
+@pytest.mark.parametrize("version", PYTHONS)
+def test_kernels_run_and_compile_on_another_python(version: str, tmp_path: Path) -> None:
+    """Where its torch, of this one's version, and Triton can be installed."""
+    python = tmp_path / "bin" / "python"
+    subprocess.run([PYTHONS[version], "-m", "venv", tmp_path], check=True)
+    torch = f"torch=={metadata.version('torch').partition('+')[0]}"
+    for asked in ([torch, "numpy"], [str(TOP)]):
+        done = subprocess.run([python, "-m", "pip", "install", "-q", *asked], capture_output=True, encoding="utf-8")
+        if done.returncode:
+            pytest.skip(f"pip cannot install {asked[0]} for Python {version}: {done.stderr.strip()[-200:]}")
+    for interpret in ("1", "0"):
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TRITON_INTERPRET": interpret}
+        done = subprocess.run([python, "-c", RUN], env=environment, capture_output=True, encoding="utf-8", cwd=tmp_path)
+        assert done.stdout == "good\n", done.stderr

@@ -108,7 +108,7 @@ static void *content(const char *path)
 {
     FILE *file = fopen(path, "rb");
     long size = file != NULL && fseek(file, 0, SEEK_END) == 0 ? ftell(file) : -1;
-    char *bytes = size > 0 ? malloc((size_t)size) : NULL;
+    char *bytes = size > 0 ? (char *)malloc((size_t)size) : NULL;
     if (bytes == NULL || fseek(file, 0, SEEK_SET) != 0 || fread(bytes, 1, (size_t)size, file) != (size_t)size) {
         fprintf(stderr, "cannot read %s\\n", path);
         exit(1);

@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,15 @@ class HubPackage:
 
 def write_package(
     folder: Path,
-    calls: Iterable[tuple[KernelSpec, Shape]],
+    calls: Sequence[tuple[KernelSpec, Shape]],
     gpus: Sequence[Gpu],
     memory: Memory,
     repo_id: str | None = None,
 ) -> HubPackage:
     """Write the package of some kernels, for these cards, into a folder.
 
-    calls    the kernels; shapes only choose windows: a package has the kernels of all other sizes
+    calls    the kernels; shapes only choose windows: a package has the kernels of all other sizes, and with a forward
+             that writes statistics, for gradients, the one without
     repo_id  owner/name in the hub; REPO_ID if it is not known yet
 
     Replaces the files of an earlier export, whatever its name was. Raises ArgumentError for another repo_id than
@@ -94,7 +95,8 @@ def write_package(
     if amd := [gpu.title for gpu in gpus if gpu.is_amd]:
         raise ArgumentError("gpu", ", ".join(amd), f"NVIDIA GPUs: hub packages are for {BACKEND}")
     earlier = _earlier_module(folder) or module
-    records = PackageRecords(calls, gpus, memory)
+    without_gradients = [(replace(spec, stats=False), shape) for spec, shape in calls if spec.op == "forward"]
+    records = PackageRecords([*calls, *without_gradients], gpus, memory)
     rendered = records.rendered
     code = python_files()
     code |= {f"rendered/{name}.py": text for name, text in rendered.items()} | {"rendered/__init__.py": ""}

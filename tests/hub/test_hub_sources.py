@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,16 @@ def test_a_later_export_replaces_the_code_and_nothing_else(tmp_path: Path, monke
     write_package(folder, calls_of([DECODE]), [H200], Memory())
     assert not stale.exists()
     assert (folder / "NOTES.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_package_for_training_has_the_forward_without_gradients_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is evaluated as well: then calls want no statistics."""
+    limit_sizes(monkeypatch, kv_rows=KV_HEADS, longest=128)
+    forward = next(spec for spec in SPECS if spec.op == "forward" and spec.stats)
+    package = write_package(tmp_path / "attention", calls_of([forward]), [H200], Memory())
+    assert set(package.specs) == {forward, replace(forward, stats=False)}
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
