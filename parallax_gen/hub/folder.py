@@ -73,8 +73,8 @@ def write_package(
 ) -> HubPackage:
     """Write the package of some kernels, for these cards, into a folder.
 
-    calls    the kernels; shapes only choose windows: a package has the kernels of all other sizes, and with a forward
-             that writes statistics, for gradients, the one without
+    calls    the kernels; shapes only choose windows: a package has the kernels of all other sizes, and with a kernel
+             that writes statistics, as the forward does for gradients, the one without
     repo_id  owner/name in the hub; REPO_ID if it is not known yet
 
     Replaces the files of an earlier export, whatever its name was. Raises ArgumentError for another repo_id than
@@ -95,8 +95,8 @@ def write_package(
     if amd := [gpu.title for gpu in gpus if gpu.is_amd]:
         raise ArgumentError("gpu", ", ".join(amd), f"NVIDIA GPUs: hub packages are for {BACKEND}")
     earlier = _earlier_module(folder) or module
-    without_gradients = [(replace(spec, stats=False), shape) for spec, shape in calls if spec.op == "forward"]
-    records = PackageRecords([*calls, *without_gradients], gpus, memory)
+    without_stats = [(replace(spec, stats=False), shape) for spec, shape in calls if spec.stats]
+    records = PackageRecords([*calls, *without_stats], gpus, memory)
     rendered = records.rendered
     code = python_files()
     code |= {f"rendered/{name}.py": text for name, text in rendered.items()} | {"rendered/__init__.py": ""}
