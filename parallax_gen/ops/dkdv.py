@@ -91,12 +91,15 @@ class DkDvOp(GradientOp[DkDvConfig]):
         """The number of kv heads whose query rows fill half of L2: the tiles of a kv head all read them.
 
         But up to 4 heads, if their tiles are at most two waves of two programs per multiprocessor: launching the
-        longest tiles first does not balance the load of fewer. On an H200 4 heads in place of 1 or 2 took 0.83 to 1.06
+        longest tiles first does not balance the load of fewer. On an H200 4 heads in place of 1 or 2 took 0.85 to 1.06
         of the time with GQA 4:1 and 4096 or 8192 tokens, but 1.04 with head_dim 256.
         """
         head_bytes = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
         in_l2 = max(1, gpu.l2_bytes // 2 // head_bytes)
-        return in_l2 if spec.head_dim > 128 else max(in_l2, min(4, 4 * gpu.sms // -(-shape.seqlen_kv // 64)))
+        if spec.head_dim > 128:
+            return in_l2
+        tiles_per_head, two_waves = -(-shape.seqlen_kv // 64), 2 * 2 * gpu.sms  # BLOCK_N is 64 by default
+        return max(in_l2, min(4, two_waves // tiles_per_head))
 
     def tiles_by_descriptors(self, spec: KernelSpec, layout: str) -> tuple[Tile, ...]:
         return ((64, 64, 4, 2),) if layout == "chunked" and spec.head_dim <= 128 else ()
