@@ -69,6 +69,6 @@ def random_records(
     place = Place(card.name, spec, bucket)
     others = (name for name, gpu in GPUS.items() if not gpu.is_amd)  # stored answers are of draws from these
     names = (*(card.name,) * 6, *siblings(card), *others, "a card that nobody knows")
-    nearby = (*[place] * 8, *near_places(place))
+    nearby = (*[place] * 8, *(near for near in near_places(place, card) if near.gpu == card.name))
     places = [replace(draw.choice(nearby), gpu=draw.choice(names)) for _ in range(draw.randint(0, most))]
     return place, [random_result(draw, of, kernels[spec]) for of in places]

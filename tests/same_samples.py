@@ -37,7 +37,7 @@ from parallax_gen.memory.commands import tune_command
 from parallax_gen.memory.lines import from_line, read_file, to_line
 from parallax_gen.memory.old import TODAYS_NAMES, TODAYS_VALUES, config_of_record
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import best, default_of, is_rendered, nearby_seeds, shipped_seeds
+from parallax_gen.memory.ranking import best, default_of, is_rendered
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory, load_same_capability, load_shipped
 from parallax_gen.memory.store import Store
@@ -63,6 +63,7 @@ from parallax_gen.runtime.export import ExportedKernel
 from parallax_gen.tuning.claims import SharedClaims
 from parallax_gen.tuning.job import Job, program_key
 from parallax_gen.tuning.search.cost_model import guess_us
+from parallax_gen.tuning.seeds import nearby_seeds, shipped_seeds
 
 __all__ = ["Store", "command", "from_line", "to_line"]
 

@@ -4,30 +4,35 @@
     PARALLAX_GEN_DB=basket.db parallax-gen ship --gpu h200
 
 models.json is a file as `parallax-gen list --basket` reads it. What lacks a record of this card and Triton is measured,
-first what gets its default without any evidence, of that every other bucket, since their neighbours may borrow, and of
-those the heaviest. Each kernel gets a few trials: the default, and what is fastest in near buckets. At the end of the
-time it stops; every finished trial is in the database.
+the place (a kernel and a bucket of sizes) first whose record would be the first evidence for the most calls, its own
+and those of near buckets. Each gets a few trials: the default, and what is fastest in near buckets. All GPUs here
+measure. At the end of the time it stops; every finished trial is in the database.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import heapq
 import json
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from parallax_gen.codegen.device import gpu_here
-from parallax_gen.memory.ranking import Tier, best
+from parallax_gen.memory.place import Place
+from parallax_gen.memory.ranking import Tier, best, near_places
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
 from parallax_gen.problem.basket import KINDS, basket_calls
 from parallax_gen.problem.hardware import STAND_IN, gpu_by_name
-from parallax_gen.problem.shapes import Bucket
 from parallax_gen.tuning.job import Job, Progress
-from parallax_gen.tuning.tuner import Tuner
+from parallax_gen.tuning.tuner import Tuner, start_measuring_workers
+from parallax_gen.tuning.workers.visible import visible_devices
+
+ROUND = 96  # places that are measured before what they support is looked up
 
 
 class TimeIsOver(Exception):
@@ -55,21 +60,66 @@ class Watcher:
             raise TimeIsOver
 
 
-def is_odd(bucket: Bucket) -> bool:
-    """Whether a bucket lies between those that are measured first: one step from each of its neighbours."""
-    return int(math.log2(bucket.kv_rows) + math.log2(bucket.seqlen_kv)) % 2 == 1
-
-
-def jobs_of(basket: Path, kinds: list[str], memory: Memory) -> list[Job]:
-    """A job for each place of the basket that has no record of this card and toolchain, in the order of measuring."""
+def weights_of(basket: Path, kinds: Iterable[str]) -> Counter[Job]:
+    """The weight of each kernel and bucket of a basket's calls, on the card here or the one that stands in for it."""
     card = gpu_here(0) or gpu_by_name(STAND_IN)
     weights: Counter[Job] = Counter()
     for call in basket_calls(json.loads(basket.read_text(encoding="utf-8")), str(basket)):
         if call.kind in kinds:
             weights[Job.of(call.spec, call.shape, card)] += call.weight
-    tiers = {job: best(job.place, card, memory).tier for job in weights}
-    lacking = [job for job, tier in tiers.items() if tier > Tier.MEASURED_HERE]
-    return sorted(lacking, key=lambda job: (-tiers[job], is_odd(job.bucket), -weights[job], job.place.order))
+    return weights
+
+
+def jobs_of(weights: Mapping[Job, float], memory: Memory) -> list[Job]:
+    """The jobs that have no record of this card and toolchain, in the order of measuring."""
+    tiers = {job: best(job.place, job.gpu, memory).tier for job in weights}
+    without = {job.place: job for job, tier in tiers.items() if tier == Tier.DEFAULT}
+    first = by_gain(without, weights)
+    others = [job for job, tier in tiers.items() if tier > Tier.MEASURED_HERE and job not in set(first)]
+    return [*first, *sorted(others, key=lambda job: (-tiers[job], -weights[job], job.place.order))]
+
+
+def by_gain(without: Mapping[Place, Job], weights: Mapping[Job, float]) -> list[Job]:
+    """The fewest of these jobs whose records would support all, each the one that supports most that has no evidence.
+
+    As if every record supported its near buckets. Gains only fall, so a job whose gain is still the one by which it was
+    sorted has the largest.
+    """
+    supported = {
+        job: [job, *(without[near] for near in near_places(place, job.gpu) if near in without)]
+        for place, job in without.items()
+    }
+    left, chosen = set(supported), []
+
+    def key(job: Job) -> tuple[float, tuple[object, ...]]:
+        return -sum(weights[other] for other in supported[job] if other in left), job.place.order
+
+    queue = [(*key(job), number, job) for number, job in enumerate(supported)]
+    heapq.heapify(queue)
+    while left:
+        gain, order, number, job = heapq.heappop(queue)
+        if key(job) != (gain, order):
+            heapq.heappush(queue, (*key(job), number, job))
+        else:
+            chosen.append(job)
+            left.difference_update(supported[job])
+    return chosen
+
+
+def measure(weights: Counter[Job], tuner: Tuner, store: Store, options: argparse.Namespace) -> None:
+    """Measure the basket's places that lack records until the time is over or there are none."""
+    watcher, most, tried = Watcher(options.seconds), options.most or math.inf, set[Job]()
+    with contextlib.suppress(TimeIsOver):
+        while len(tried) < most:
+            jobs = [job for job in jobs_of(weights, Memory(store)) if job not in tried]
+            print(f"{len(jobs)} kernels and buckets have no record of this card and Triton", flush=True)
+            if not jobs:
+                break
+            weights = Counter({job: weights[job] for job in jobs})
+            now = jobs[: int(min(ROUND, most - len(tried)))]
+            tuner.tune_all(now, trials=options.trials, time_budget_s=options.budget, watcher=watcher)
+            tried.update(now)
+    print(f"{watcher.ended} were measured")
 
 
 def main() -> None:
@@ -82,12 +132,10 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="how many kernels and buckets, at most")
     parser.add_argument("--predict", action="store_true", help="compile and predict, without a card")
     options = parser.parse_args()
-    store, watcher = Store(), Watcher(options.seconds)
-    jobs = jobs_of(options.basket, options.kind or list(KINDS), Memory(store))
-    print(f"{len(jobs)} kernels and buckets have no record of this card and Triton", flush=True)
-    with Tuner(store, measure=not options.predict) as tuner, contextlib.suppress(TimeIsOver):
-        tuner.tune_all(jobs[: options.most], trials=options.trials, time_budget_s=options.budget, watcher=watcher)
-    print(f"{watcher.ended} were measured")
+    store, weights = Store(), weights_of(options.basket, options.kind or KINDS)
+    measuring = None if options.predict else start_measuring_workers(range(visible_devices()))
+    with Tuner(store, measure=not options.predict, measuring=measuring) as tuner:
+        measure(weights, tuner, store, options)
 
 
 if __name__ == "__main__":

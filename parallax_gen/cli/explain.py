@@ -110,7 +110,7 @@ def _print(explanation: Explanation, origins: Origins) -> None:
         print_text(f"refused {describe(candidate.config)}: {reason}", indent=INDENT)
     if not explanation.choice.checked:
         print_text(f"{INDENT}{NOT_CHECKED}", indent=INDENT)
-    runners_up = [(c.record, evidence_text(c)) for c in explanation.runners_up if c.record is not None]
+    runners_up = [(c.record, evidence_text(c, place.gpu)) for c in explanation.runners_up if c.record is not None]
     _section("runners-up", [(r, f"{origins.status(r)}, {evidence}") for r, evidence in runners_up])
     _section("only predicted, so not used", [(r, "the model's estimate") for r in explanation.predicted])
     _section("measured, but not used", explanation.unused)

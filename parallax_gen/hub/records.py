@@ -164,7 +164,7 @@ class _CardRecords:
 
     def _ranked(self, place: Place) -> dict[str, list[Candidate]]:
         """Toolchain -> what a call considers with it, without those whose candidates are any other toolchain's."""
-        near = [place, *sibling_places(place, self._gpu), *near_places(place)]
+        near = [place, *sibling_places(place, self._gpu), *near_places(place, self._gpu)]
         if self._places.isdisjoint(near):
             return {}
         others = [*launch_candidates(place, self._gpu, self._table, _UNKNOWN)]

@@ -119,9 +119,9 @@ def chosen(place: Place, memory: RecordSource) -> CheckedChoice:
     return checked_choice(place, card_of(place), memory)
 
 
-def choice_text(choice: CheckedChoice) -> str:
-    """The evidence for a choice, marked `(not yet checked)` if a first call may drop it."""
-    return mark_unchecked(evidence_text(choice.candidate), choice.checked)
+def choice_text(choice: CheckedChoice, gpu: str) -> str:
+    """The evidence for a choice on a card, marked `(not yet checked)` if a first call may drop it."""
+    return mark_unchecked(evidence_text(choice.candidate, gpu), choice.checked)
 
 
 def mark_unchecked(text: str, checked: bool) -> str:
@@ -129,8 +129,11 @@ def mark_unchecked(text: str, checked: bool) -> str:
     return text if checked else f"{text} (not yet checked)"
 
 
-def evidence_text(candidate: Candidate) -> str:
-    """The evidence for a candidate in a few words: `this Triton`, `Triton 3.6`, `Triton 3.6, protocol 0 on h100`."""
+def evidence_text(candidate: Candidate, gpu: str) -> str:
+    """The evidence for a candidate on a card: `this Triton`, `Triton 3.6`, `Triton 3.6, protocol 0 on h100`.
+
+    gpu  its name in records
+    """
     record = candidate.record
     if record is None:
         return candidate.source
@@ -142,8 +145,8 @@ def evidence_text(candidate: Candidate) -> str:
     if evidence.protocol != PROTOCOL:
         toolchain += f", protocol {evidence.protocol}"
     if candidate.tier == Tier.NEAR_BUCKET:
-        return f"{toolchain} at {record.place.bucket}"
-    return f"{toolchain} on {record.place.gpu}" if candidate.tier == Tier.SIBLING_CARD else toolchain
+        toolchain += f" at {record.place.bucket}"
+    return toolchain if record.place.gpu == gpu else f"{toolchain} on {record.place.gpu}"
 
 
 def card_of(place: Place) -> Gpu:
@@ -216,7 +219,7 @@ def _line_of_choice(place: Place, memory: RecordSource) -> ListLine:
     tier, record = choice.candidate.tier, choice.candidate.record
     if record is not None:
         default = comparable_default(record, default_of(place, card_of(place)), card_of(record.place), memory)
-        evidence = evidence_text(choice.candidate)
+        evidence = evidence_text(choice.candidate, place.gpu)
         return ListLine(place, record.config, record, evidence, tier, default, choice.checked)
     results = memory.results(place)  # sorted: the best come first
     if not results:

@@ -5,11 +5,14 @@ Triton or ptxas may have compiled it. Tiers, best first:
 
 1. measured here: the same GPU, kernel and toolchain
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
-3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200; not for
-   preprocess, whose speed depends on its own card's memory
-4. near bucket: the same kernel in a near bucket, first with other lengths, then with another kv_rows: of any config in
-   decode of one query per sequence (docs/borrowing.md says why), of this place's default config in other kernels
+3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200
+4. near bucket: the same kernel in a near bucket, first with other lengths, then with another kv_rows, on this card and
+   then on a sibling
 5. default: the heuristics
+
+Near buckets in other kernels than decode of one query per sequence, and siblings in preprocess, whose speed depends on
+its own card's memory, are evidence for the default alone: where it is at most MOST_LOSS slower there than the fastest.
+docs/borrowing.md says why.
 
 Within a tier the same toolchain goes first, then the newest; times are compared only within one card and toolchain.
 Records of a search that did not know a knob value of today's default, or of a sibling's newer best, are skipped: what
@@ -18,12 +21,11 @@ they beat did not have it. Records whose kernel is no longer rendered only give 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from parallax_gen.codegen.render import KernelSource, render, text_hash_of
 from parallax_gen.memory.place import Place
@@ -32,7 +34,9 @@ from parallax_gen.memory.toolchain import Toolchain
 from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.ops.space import default_config, why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu
-from parallax_gen.problem.shapes import SHORTEST, Bucket, representative
+from parallax_gen.problem.shapes import SHORTEST, representative
+
+MOST_LOSS = 1.03  # how much slower than the fastest a default is where a measurement counts as evidence for it
 
 
 class Tier(IntEnum):
@@ -63,6 +67,14 @@ class Candidate:
     def source(self) -> str:
         return "the lock" if self.locked else self.tier.text
 
+    @property
+    def supports_default(self) -> bool:
+        """Whether the record was looked up as evidence for the default alone."""
+        if self.record is None or self.tier < Tier.SIBLING_CARD:
+            return False
+        op = op_of(spec := self.record.place.spec)
+        return not (op.uses_sibling_records if self.tier == Tier.SIBLING_CARD else op.uses_near_records(spec))
+
 
 def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None = None) -> Iterator[Candidate]:
     """The candidates of a call at a place, best first; the default is the last. Renders lazily.
@@ -85,11 +97,12 @@ def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None 
     for search in sibling_searches:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if usable(r))
     any_config = op_of(place.spec).uses_near_records(place.spec)
-    for near in near_places(place):
-        for search in _searches(memory.results(near), here):
-            record = None if search.unknown_knob(default) else next(filter(usable, search.measured), None)
-            if record is not None and (any_config or record.config == default):
-                yield Candidate(Tier.NEAR_BUCKET, record.config, record)
+    for other in _places_with_evidence(place, gpu):
+        for search in _searches(memory.results(other), here):
+            records = [] if search.unknown_knob(default) else filter(usable, search.measured)
+            if record := next(iter(records), None) if any_config else _supporting(records, default):
+                tier = Tier.SIBLING_CARD if other.bucket == place.bucket else Tier.NEAR_BUCKET
+                yield Candidate(tier, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
 
 
@@ -124,15 +137,41 @@ def default_of(place: Place, gpu: Gpu) -> KernelConfig:
     return default_config(place.spec, representative(place.bucket, place.spec.group), gpu)
 
 
-def near_places(place: Place) -> Iterator[Place]:
-    """The same kernel at near buckets: first with other lengths, then with another kv_rows; the smaller size first."""
-    bucket = place.bucket
+def near_places(place: Place, gpu: Gpu) -> list[Place]:
+    """The same kernel at near buckets: first with other lengths, then with another kv_rows; the smaller size first.
+
+    First those on the place's card `gpu`, then those on its sibling cards.
+    """
+    near, bucket = [], place.bucket
     lengths = ("seqlen_q", "seqlen_kv") if bucket.seqlen_q == bucket.seqlen_kv else ("seqlen_kv",)
     for names, minimum, factor in ((lengths, SHORTEST, 2), (lengths, SHORTEST, 4), (("kv_rows",), 1, 2)):
         size = getattr(bucket, names[0])
-        for near in (size // factor, size * factor):
-            if near >= minimum:
-                yield replace(place, bucket=replace(bucket, **dict.fromkeys(names, near)))
+        for near_size in (size // factor, size * factor):
+            if near_size >= minimum:
+                near.append(replace(place, bucket=replace(bucket, **dict.fromkeys(names, near_size))))
+    return [*near, *(there for here in near for there in _on_siblings(here, gpu))]
+
+
+def _places_with_evidence(place: Place, gpu: Gpu) -> list[Place]:
+    """Places whose records are ranked behind all of a place and of its `sibling_places`."""
+    siblings_there = [] if op_of(place.spec).uses_sibling_records else _on_siblings(place, gpu)
+    return [*siblings_there, *near_places(place, gpu)]
+
+
+def _supporting(records: Iterable[Result], default: KernelConfig) -> Result | None:
+    """The default's record among the records of one search, if it is hardly slower than the fastest; or None.
+
+    records  from fast to slow
+    """
+    fastest_time = None
+    for record in records:
+        assert record.time_us is not None
+        fastest_time = fastest_time or record.time_us
+        if record.time_us > MOST_LOSS * fastest_time:
+            return None
+        if record.config == default:
+            return record
+    return None
 
 
 def comparable_here(evidence: Evidence, here: Toolchain | None = None) -> bool:
@@ -204,13 +243,16 @@ def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
 
     Empty for a card that is not in the table, for which `gpu` stands in (descriptions.card_of).
     """
-    borrows = gpu.name == place.gpu and op_of(place.spec).uses_sibling_records
-    return [replace(place, gpu=name) for name in siblings(gpu)] if borrows else []
+    return _on_siblings(place, gpu) if op_of(place.spec).uses_sibling_records else []
 
 
-def borrowable_near_places(place: Place) -> list[Place]:
+def _on_siblings(place: Place, gpu: Gpu) -> list[Place]:
+    return [replace(place, gpu=name) for name in siblings(gpu)] if gpu.name == place.gpu else []
+
+
+def borrowable_near_places(place: Place, gpu: Gpu) -> list[Place]:
     """The `near_places` without whose records calls may get other configs: none where those support the default."""
-    return list(near_places(place)) if op_of(place.spec).uses_near_records(place.spec) else []
+    return near_places(place, gpu) if op_of(place.spec).uses_near_records(place.spec) else []
 
 
 def siblings(gpu: Gpu) -> list[str]:
@@ -313,69 +355,9 @@ def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[
     return sorted(searches, key=lambda search: (search.matches_here, search.newest), reverse=True)
 
 
-# -- Ranking by time alone, across kernels and toolchains: only to seed a tune, never to choose a kernel.
-
-_Group = TypeVar("_Group", bound=Hashable)
-LAYOUT_FIELDS = ("page_size", "cache_dtype", "leftpad", "stats")  # of a spec: cache layout, extra outputs
-
-
 def fastest(results: Iterable[Result]) -> list[Result]:
     """The measured results, from fast to slow; ties keep their order."""
-    return sorted((result for result in results if result.measured), key=_time)
-
-
-def fastest_of_each(results: Iterable[Result], group_of: Callable[[Result], _Group]) -> dict[_Group, Result]:
-    """The fastest measured result of each group, the first of a tie; groups in the order of the results."""
-    fastest_of: dict[_Group, Result] = {}
-    for result in results:
-        if result.measured:
-            group = group_of(result)
-            fastest_of[group] = min(fastest_of.get(group, result), result, key=_time)
-    return fastest_of
-
-
-def _time(result: Result) -> float:
-    return result.time_us or 0.0
-
-
-def nearest_buckets(bucket: Bucket, buckets: Iterable[Bucket], *, kv_rows_first: bool = False) -> list[Bucket]:
-    """Other buckets, the nearest first, by the ratios of all sizes; with kv_rows_first by that of kv_rows first."""
-
-    def distance(other: Bucket) -> tuple[float, float]:
-        ratios = {n: abs(math.log2(max(size, 1) / max(getattr(bucket, n), 1))) for n, size in vars(other).items()}
-        return ratios.pop("kv_rows") if kv_rows_first else 0.0, sum(ratios.values())
-
-    return sorted(buckets, key=distance)
-
-
-def shipped_seeds(place: Place, shipped: Sequence[Result]) -> list[KernelConfig]:
-    """Seed configs for a place from the shipped records of its capability (`load_same_capability`).
-
-    All configs of its bucket, then the best at this bucket for each other cache layout, then the best of each other
-    bucket.
-    """
-    records = [r for r in shipped if r.place.spec == place.spec]
-    same_bucket = [r.config for r in records if r.place.bucket == place.bucket]
-    # A file has each place's fastest record first, so reversed dicts keep it.
-    layouts = {r.place: r.config for r in reversed(shipped) if _differ_in_layout(r.place, place)}
-    best = {r.place.bucket: r.config for r in reversed(records)}
-    return list(dict.fromkeys([*same_bucket, *layouts.values(), *best.values()]))
-
-
-def nearby_seeds(place: Place, results: Sequence[Result]) -> list[KernelConfig]:
-    """Seed configs from a card's results: the best for each other cache layout, then for the two nearest buckets."""
-    layouts = fastest_of_each((r for r in results if _differ_in_layout(r.place, place)), lambda r: r.place.spec)
-    other_buckets = (r for r in results if r.place.spec == place.spec and r.place.bucket != place.bucket)
-    best = fastest_of_each(other_buckets, lambda r: r.place.bucket)
-    nearest = [best[bucket] for bucket in nearest_buckets(place.bucket, best)[:2]]
-    return list(dict.fromkeys(result.config for result in (*layouts.values(), *nearest)))
-
-
-def _differ_in_layout(a: Place, b: Place) -> bool:
-    """Whether two places differ, but only in the softcap and, for decode with per-sequence lengths, LAYOUT_FIELDS."""
-    free = ("softcap", *LAYOUT_FIELDS) if op_of(a.spec).per_sequence_lengths else ("softcap",)
-    same = all(value == vars(b.spec)[name] for name, value in vars(a.spec).items() if name not in free)
-    return a.bucket == b.bucket and a.spec != b.spec and same
+    return sorted((result for result in results if result.measured), key=lambda result: result.time_us or 0.0)
 
 
 # -- Where the ranking looks up records: a Memory, or a table of records taken from it.

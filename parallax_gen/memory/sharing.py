@@ -28,7 +28,8 @@ from parallax_gen.problem.hardware import Gpu
 def places_served(records: Iterable[Result], gpu: Gpu) -> list[Place]:
     """The places of a card whose calls may use any of these records, sorted by kernel."""
     own_places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
-    served = own_places | dict.fromkeys(near for place in own_places for near in borrowable_near_places(place))
+    near_places = (near for place in own_places for near in borrowable_near_places(place, gpu))
+    served = own_places | dict.fromkeys(near for near in near_places if near.gpu == gpu.name)
     return sorted(served, key=lambda place: place.order)
 
 
@@ -51,6 +52,8 @@ def records_to_share(memory: Memory, gpu: Gpu) -> list[Result]:
         if not differing:
             return shared
         read_places = dict.fromkeys(
-            read for place in differing for read in (place, *sibling_places(place, gpu), *borrowable_near_places(place))
+            read
+            for place in differing
+            for read in (place, *sibling_places(place, gpu), *borrowable_near_places(place, gpu))
         )
         kept.update(r for place in read_places for r in all_records.results(place))

@@ -117,8 +117,8 @@ def _shipped_at(place: Place, folder: Path | None) -> tuple[Result, ...]:
     path, stamp = _file(place.gpu, folder)
     if stamp is None:
         return ()
-    place_json = json.dumps(place.flat()).encode()
-    places = [key for key in _lines(path, stamp) if key in (place_json, b"")]
+    index = _lines(path, stamp)
+    places = [key for key in (json.dumps(place.flat()).encode(), b"") if key in index]
     results = (result for key in places for result in _results(path, place.gpu, stamp, key))
     return tuple(result for result in results if result.place == place)
 

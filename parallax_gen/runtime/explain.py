@@ -12,7 +12,7 @@ from parallax_gen.codegen.render import render
 from parallax_gen.describe import format_counts
 from parallax_gen.memory.descriptions import ANOTHER_KERNEL, Origins
 from parallax_gen.memory.lock import NO_CHECK, Lock
-from parallax_gen.memory.ranking import Candidate, Tier, comparable_here, is_rendered, ranked, why_not_chosen
+from parallax_gen.memory.ranking import MOST_LOSS, Candidate, Tier, comparable_here, is_rendered, ranked, why_not_chosen
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.toolchain import Toolchain
@@ -121,11 +121,14 @@ def _reason(
         fastest = f"the fastest of {compared} configs measured" if compared > 1 else "the only config measured"
         if candidate.tier == Tier.MEASURED_HERE:
             return f"{fastest} with {Toolchain.here()}"
-        if candidate.tier == Tier.NEAR_BUCKET:
-            basis = f"the best measured with {record.evidence.measured_with} at {record.place.bucket}"
-        else:
-            basis = f"{fastest} with {record.evidence.measured_with}"
-        if candidate.tier == Tier.SIBLING_CARD:
+        if candidate.supports_default:
+            fastest = f"the default, at most {MOST_LOSS - 1:.0%} slower than the fastest config measured"
+        elif candidate.tier == Tier.NEAR_BUCKET:
+            fastest = "the best measured"
+        basis = f"{fastest} with {record.evidence.measured_with}"
+        if record.place.bucket != choice.place.bucket:
+            basis += f" at {record.place.bucket}"
+        if record.place.gpu != choice.place.gpu:
             basis += f" on {record.place.gpu}, a card of the same capability"
         return f"{basis}; {_why_nothing_closer(choice, record, unused)}"
     if choice.refused:

@@ -16,13 +16,14 @@ from statistics import geometric_mean
 from parallax_gen.errors import StoreError
 from parallax_gen.memory.lines import is_database, read_file
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import RecordTable, Tier, best, default_of, nearest_buckets, siblings
+from parallax_gen.memory.ranking import RecordTable, Tier, best, default_of, siblings
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.ops.base import KernelConfig, op_of
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.spec import PER_SEQUENCE_LENGTHS_TEXT, KernelSpec
 from parallax_gen.tuning.search.recorded_sweep import read_sweep
+from parallax_gen.tuning.seeds import nearest_buckets
 
 NEAREST = "the nearest bucket"  # its best record is evaluated for every op, also for ops that do not borrow it
 CHOICES = (*(tier.text for tier in Tier if tier != Tier.DEFAULT), NEAREST, Tier.DEFAULT.text)  # best first

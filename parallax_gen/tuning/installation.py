@@ -118,7 +118,7 @@ def _records() -> Iterator[tuple[str, str]]:
         places |= dict.fromkeys(place for place in own if chosen(place, table).candidate.record)
     for name in sorted({place.gpu for place in places}):
         card_places = [place for place in places if place.gpu == name]
-        by_evidence = Counter(choice_text(chosen(place, table)) for place in card_places)
+        by_evidence = Counter(choice_text(chosen(place, table), place.gpu) for place in card_places)
         counts = ", ".join(f"{evidence}: {count}" for evidence, count in by_evidence.most_common())
         yield "ok", f"{name}: {len(card_places)} kernels and sizes in {sources}; configs of calls come from {counts}"
 

@@ -209,7 +209,7 @@ def refresh_configs(job: Job, memory: Memory) -> list[KernelConfig]:
             tier_counts[candidate.tier] += 1
             configs[candidate.config] = None
     configs |= dict.fromkeys(_fastest(memory.results(place), gpu, 1))
-    for near in near_places(place):
+    for near in near_places(place, gpu):
         if nearest := _fastest(memory.results(near), gpu, 1):
             configs |= dict.fromkeys(nearest)
             break

@@ -11,7 +11,7 @@ from parallax_gen.codegen.render import KernelSource, render
 from parallax_gen.errors import ConfigError
 from parallax_gen.memory.bounds import truncated_detail
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import default_of, evidence_of, fastest, is_current, nearby_seeds, shipped_seeds
+from parallax_gen.memory.ranking import default_of, evidence_of, fastest, is_current
 from parallax_gen.memory.result import Evidence, Outcome, Result, reading_order, supersedes
 from parallax_gen.memory.shipped import load_same_capability
 from parallax_gen.memory.store import Store
@@ -22,6 +22,7 @@ from parallax_gen.tuning.finals import Finals
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.search.cost_model import guess_us, predict_us
 from parallax_gen.tuning.search.search import Search
+from parallax_gen.tuning.seeds import nearby_seeds, shipped_seeds
 from parallax_gen.tuning.workers.messages import Compile, KernelInstance, Measure, Reply, WorkerRequest
 
 MAX_SPILLS = 512  # bytes per thread; in the recorded sweeps kernels that spill half as much are far from the best

@@ -106,10 +106,16 @@ def test_an_amd_card_borrows_from_its_architecture_alone(name: str) -> None:
     assert best(place, card, RecordTable([of_sibling])).tier == Tier.SIBLING_CARD
 
 
-def test_a_siblings_preprocess_is_not_borrowed() -> None:
+def test_a_siblings_preprocess_is_evidence_for_the_default_alone() -> None:
     place = Place(GPU.name, KernelSpec("preprocess", 128, "bf16"), Bucket(8, 4096, 4096))
     sibling = dataclasses.replace(place, gpu="h100")
-    assert best(place, GPU, RecordTable([record(config=default_of(place, GPU), place=sibling)])).record is None
+    default = default_of(place, GPU)
+    other = record(8.0, dataclasses.replace(default, num_warps=8), sibling)
+    slow, fast = (record(us, default, sibling) for us in (9.0, 8.1))
+    assert best(place, GPU, RecordTable([other])).record is None
+    assert best(place, GPU, RecordTable([other, slow])).record is None
+    choice = best(place, GPU, RecordTable([other, fast]))
+    assert (choice.tier, choice.record, choice.supports_default) == (Tier.SIBLING_CARD, fast, True)
 
 
 DECODE = Place(GPU.name, KernelSpec("decode", 128, "bf16", group=4), Bucket(8, 1, 4096))
@@ -129,8 +135,18 @@ def test_near_buckets_of_decode_have_priority_over_the_default_along_keys_first(
     assert [c.record.place for c in result[:-1] if c.record] == order
     own = record(99.0, config, DECODE, **OLD)
     assert best(DECODE, GPU, RecordTable([*near_records, own])).record == own
-    further = [near(8, 32768), near(32, 4096), dataclasses.replace(near(8, 2048), gpu="h100")]
+    further = [near(8, 32768), near(32, 4096), dataclasses.replace(near(8, 2048), gpu="a100")]
     assert best(DECODE, GPU, RecordTable(record(1.0, config, place) for place in further)).record is None
+
+
+def test_near_buckets_of_a_sibling_come_after_its_own_bucket_and_the_cards_near_buckets() -> None:
+    here, near_here = DECODE, near(16, 4096)
+    there, near_there = (dataclasses.replace(place, gpu="h100") for place in (here, near(8, 2048)))
+    config = dataclasses.replace(default_of(DECODE, GPU), num_warps=2)
+    records = [record(config=config, place=place) for place in (here, there, near_here, near_there)]
+    candidates = list(ranked(DECODE, GPU, RecordTable(reversed(records))))
+    assert [c.record and c.record.place for c in candidates] == [here, there, near_here, near_there, None]
+    assert [c.tier for c in candidates[:-1]] == [1, 3, 4, 4]
 
 
 def test_near_buckets_of_decode_with_per_sequence_lengths_are_borrowed_too() -> None:
@@ -157,12 +173,15 @@ def test_near_buckets_of_other_kernels_only_support_the_default(spec: KernelSpec
     for records in ([of_other], [of_other, of_default]):
         choice = best(place, GPU, RecordTable(records))
         assert (choice.tier, choice.config) == (Tier.DEFAULT, default)
+    hardly_slower = record(8.2, default, near_place)
+    choice = best(place, GPU, RecordTable([of_other, hardly_slower]))
+    assert (choice.tier, choice.record, choice.supports_default) == (Tier.NEAR_BUCKET, hardly_slower, True)
 
 
 def test_the_smallest_buckets_have_near_buckets() -> None:
-    smallest = [p.bucket for p in near_places(near(1, 128))]
+    smallest = [p.bucket for p in near_places(near(1, 128), GPU) if p.gpu == GPU.name]
     assert smallest == [Bucket(1, 1, 256), Bucket(1, 1, 512), Bucket(2, 1, 128)]
-    assert next(near_places(PLACE)).bucket == Bucket(8, 2048, 2048)  # both lengths of self-attention change together
+    assert near_places(PLACE, GPU)[0].bucket == Bucket(8, 2048, 2048)  # both lengths of self-attention change together
 
 
 def test_within_a_toolchain_the_fastest_comes_first_across_toolchains_the_newest() -> None:

@@ -80,7 +80,7 @@ def full_memory(draw: random.Random, kernels: dict[KernelSpec, list[KernelConfig
         place = replace(place, bucket=Bucket(8, 4096, 4096))
     around = [
         replace(p, gpu=gpu)
-        for p in (place, place, *borrowable_near_places(place)[:3])
+        for p in (place, place, *borrowable_near_places(place, GPU)[:3])
         for gpu in ("h200", "h200", "h100")
     ]
     results = [random_result(draw, draw.choice(around), kernels[place.spec]) for _ in range(draw.randint(0, 16))]
@@ -119,7 +119,8 @@ def test_both_ranks_rank_alike_for_random_records(full: bool) -> None:
         received_records = received(shared)
         seen["sent"] += len(shared)
         seen["held"] += len(memory.held)
-        places = dict.fromkeys([place, *borrowable_near_places(place), *places_served(memory.held, card)])
+        near_places = [near for near in borrowable_near_places(place, card) if near.gpu == card.name]
+        places = dict.fromkeys([place, *near_places, *places_served(memory.held, card)])
         chosen = {place: list(launch_candidates(place, card, memory)) for place in places}
         for place, expected in chosen.items():
             assert list(launch_candidates(place, card, received_records)) == expected

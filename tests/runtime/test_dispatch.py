@@ -164,10 +164,13 @@ def test_shipped_records_are_used_with_any_triton(monkeypatch: pytest.MonkeyPatc
             if choice.record is None:
                 assert choice.config == default_of(place, card)
                 assert all(unusable_records(place, card, choice.config, memory))
-                defaults += place.spec.op != "preprocess"  # which takes no records of other cards
+                defaults += place.spec.op != "preprocess"  # which takes other cards' records for the default alone
                 continue
             assert is_rendered(choice.record, card)
             assert choice.config == choice.record.config
+            if choice.candidate.supports_default:
+                assert (place.spec.op, choice.config) == ("preprocess", default_of(place, card))
+                continue
             same_card = choice.record.place == place
             assert same_card or choice.record.place in sibling_places(place, card)
             here = choice.record.evidence.toolchain.compiles_like(Toolchain(triton, cuda))
@@ -240,7 +243,7 @@ def test_records_are_read_once_per_bucket(tmp_path: Path) -> None:
     first = dispatcher.kernel(SPEC, SHAPE, GPU)
     again = dispatcher.kernel(SPEC, replace(SHAPE, seqlen_kv=4097), GPU)
     assert first == again
-    places = (PLACE, *sibling_places(PLACE, GPU), *near_places(PLACE))
+    places = (PLACE, *sibling_places(PLACE, GPU), *near_places(PLACE, GPU))
     assert memory.lookups == dict.fromkeys(places, 1)
     assert callable(first[1].launch)
 
@@ -363,9 +366,10 @@ def test_choices_from_random_records_are_valid() -> None:
             continue
         assert (record.config, record.outcome) == (choice.config, "ok")
         if choice.candidate.tier == Tier.NEAR_BUCKET:
-            assert record.place in near_places(choice.place)
+            assert record.place in near_places(choice.place, card)
         else:
-            assert record.place in (choice.place, *sibling_places(choice.place, card))
+            assert replace(record.place, gpu=card.name) == choice.place
+            assert record.place == choice.place or record.place.gpu in siblings(card)
         assert not record.evidence.templates
         assert render(spec, record.config, card).kernel == record.evidence.kernel
     assert min(tiers[tier] for tier in Tier) > 5, tiers  # each tier occurs

@@ -13,7 +13,7 @@ from simulated_machine import FINE, Machine, timed
 from parallax_gen.codegen.render import render
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import best, evidence_of, nearby_seeds, shipped_seeds
+from parallax_gen.memory.ranking import best, evidence_of
 from parallax_gen.memory.result import Evidence, Outcome, Result
 from parallax_gen.memory.shipped import load_same_capability, write_shipped
 from parallax_gen.memory.store import Store
@@ -27,6 +27,7 @@ from parallax_gen.problem.spec import KernelSpec
 from parallax_gen.tuning.finals import FINALIST_MS, MAX_FINALISTS
 from parallax_gen.tuning.job import Job, Progress
 from parallax_gen.tuning.job_run import MAX_SPILLS, JobRun
+from parallax_gen.tuning.seeds import nearby_seeds, shipped_seeds
 from parallax_gen.tuning.tuner import Tuner
 from parallax_gen.tuning.workers.messages import Reply
 
