@@ -110,25 +110,30 @@ class CacheOp(Op[DecodeConfig]):
         if rows > 64 and spec.dtype != "fp32":
             block_h = 64  # rows of a prompt: as many as fit in registers
         programs = shape.batch * shape.kv_heads * -(-rows // block_h)
+        keys = min(shape.seqlen_kv, shape.window + shape.seqlen_q - 1) if shape.window else shape.seqlen_kv
         if block_h == 64 and not spec.batch_invariant:
             # On an H200 a split of a prompt's rows costs 0.1 to 0.2 ms, in which they attend to 4000 keys and more.
-            most = min(gpu.sms // programs, shape.seqlen_kv // 16384)
+            most = min(gpu.sms // programs, keys // 16384)
         else:
-            most = min(self.splits_wanted(spec, programs, gpu), -(-shape.seqlen_kv // 32))
+            most = min(self.splits_wanted(spec, programs, keys, gpu), -(-keys // 32))
         splits = self.floor_of("NUM_SPLITS", max(1, most))
-        merge = self.merge_of(spec, splits, min(spec.group, block_h))
-        tiles = _default_tiles(spec, block_h, gpu)
-        if block_h == 64 and gpu.has_wgmma:
-            tiles = [*_hopper_tiles_of_prompts(spec, shape, programs / gpu.sms, splits), *tiles]
+        merge = self.merge_of(spec, splits, programs)
+        tiles = [*self.first_tiles(spec, block_h, programs, keys, splits, gpu), *_default_tiles(spec, block_h, gpu)]
         return [DecodeConfig(n, h, splits, merge, num_warps=w, num_stages=s) for n, h, w, s in tiles]
 
-    def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
-        """The number of splits of a sequence. programs: how many there are without splits."""
+    def splits_wanted(self, spec: KernelSpec, programs: int, keys: int, gpu: Gpu) -> int:
+        """The number of splits of a sequence. programs: how many there are without splits; keys: those attended to."""
         return max(1, 2 * gpu.sms // programs)  # more splits hide no more latency, and cost merging
 
     @abstractmethod
-    def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
-        """The default value of merge. heads: query heads per program."""
+    def merge_of(self, spec: KernelSpec, splits: int, programs: int) -> str:
+        """The default value of merge. programs: how many there are without splits."""
+
+    def first_tiles(
+        self, spec: KernelSpec, block_h: int, programs: int, keys: int, splits: int, gpu: Gpu
+    ) -> list[tuple[int, int, int, int]]:
+        """Tiles as in `_default_tiles` that go first. programs: without splits; keys: those attended to."""
+        return _hopper_tiles_of_prompts(spec, programs / gpu.sms, splits) if block_h == 64 and gpu.has_wgmma else []
 
     def promising(self, spec: KernelSpec, defaults: list[DecodeConfig]) -> list[DecodeConfig]:
         default = defaults[0]
@@ -176,9 +181,9 @@ class DecodeOp(CacheOp):
             return f"merge {config.merge!r} cannot be combined with NUM_SPLITS {config.NUM_SPLITS}"
         return None
 
-    def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
+    def merge_of(self, spec: KernelSpec, splits: int, programs: int) -> str:
         # Beyond 128 partial states one program merges more slowly than a second kernel with a program per head.
-        return "none" if splits == 1 else "last" if splits * heads <= 128 else "kernel"
+        return "none" if splits == 1 else "last" if splits * min(spec.group, 16) <= 128 else "kernel"
 
     def scratch(self, spec: KernelSpec, config: DecodeConfig, batch: int, kv_heads: int, seqlen_q: int = 1) -> Scratch:
         form = self.form(spec, config)
@@ -232,22 +237,19 @@ def _half_empty(spec: KernelSpec, block_h: int) -> bool:
     return block_h > 8 and block_h >= 2 * spec.group and not spec.multi_token
 
 
-def _hopper_tiles_of_prompts(
-    spec: KernelSpec, shape: Shape, programs_per_sm: float, splits: int
-) -> list[tuple[int, int, int, int]]:
-    """Tiles as in `_default_tiles` that go first: an H200's fastest at 132 places with Triton 3.9 and 31 with 3.6.
+def _hopper_tiles_of_prompts(spec: KernelSpec, programs_per_sm: float, splits: int) -> list[tuple[int, int, int, int]]:
+    """Tiles as in `_default_tiles` that go first: an H200's fastest at 94 places with Triton 3.9, most with 3.6 too.
 
-    programs_per_sm  with tiles of 64 rows, unsplit. Programs of 4 warps share a multiprocessor if there are enough
+    Blocks of 32 query rows and 4 warps: two programs or more share a multiprocessor.
+
+    programs_per_sm  with tiles of 64 rows, unsplit
     """
     if spec.head_dim > 128 or spec.bytes_per_element != 2 or spec.cache_dtype:
         return []
-    if spec.head_dim <= 64:
-        return [(128, 64, 4 if programs_per_sm >= 2 else 8, 3)]
-    if shape.window and shape.window <= 512:
-        return [(64, 64, 4, 2)]
-    # Measured at 0.5 programs per multiprocessor, which wants them smaller, and at 1, which does not with many keys.
-    few_rows_or_keys = (programs_per_sm < 0.75 and splits == 1) or shape.seqlen_kv <= 512
-    return [(64, 32, 4, 2) if few_rows_or_keys else (128, 64, 8, 3)]
+    if splits > 1:
+        return [(128, 64, 8, 3)]
+    enough = 4 if spec.head_dim <= 64 else 0.75  # programs to hide each other's latency: else blocks of more keys
+    return [(128 if programs_per_sm < enough and not spec.window else 64, 32, 4, 3)]
 
 
 def _default_tiles(spec: KernelSpec, block_h: int, gpu: Gpu) -> list[tuple[int, int, int, int]]:

@@ -44,22 +44,47 @@ class DecodeVarlenOp(CacheOp):
             return "merge 'kernel' cannot be combined with multi-token queries: one program per row would be too many"
         return None
 
-    def splits_wanted(self, spec: KernelSpec, programs: int, gpu: Gpu) -> int:
+    def splits_wanted(self, spec: KernelSpec, programs: int, keys: int, gpu: Gpu) -> int:
         if spec.batch_invariant:
             return self.invariant_splits(spec)
         if spec.multi_token:
-            return super().splits_wanted(spec, programs, gpu)
-        # Few sequences are as long as the longest, and their keys must be split too.
-        return max(4, 3 * gpu.sms // programs)
+            return super().splits_wanted(spec, programs, keys, gpu)
+        # Few sequences are as long as the longest, and their keys must be split too; but the more sequences there are,
+        # the longer the short ones fill the card. From one H200 at 106 places, timed with `spread_lengths` and
+        # `skewed_lengths`: four splits everywhere took up to 4 times as long.
+        waves = programs / gpu.sms
+        if waves < 0.75:
+            wanted, least_keys = 3 * gpu.sms // programs, 32 if spec.group == 1 else 64
+        elif waves < 6:
+            wanted, least_keys = 4 if waves < 1.5 else 3 if waves < 3 else 2, 64 * min(spec.group, 8)
+        else:
+            wanted, least_keys = 2, programs
+        return max(1, min(wanted, keys // least_keys))
 
     @staticmethod
     def invariant_splits(spec: KernelSpec) -> int:
         """NUM_SPLITS of batch-invariant kernels, for a sequence alone as for large batches."""
         return 8 if spec.multi_token else 16
 
-    def merge_of(self, spec: KernelSpec, splits: int, heads: int) -> str:
-        # A long sequence among short ones gets most of the splits, whatever the average is.
-        return "kernel" if splits > 1 and not spec.multi_token else "last"
+    def merge_of(self, spec: KernelSpec, splits: int, programs: int) -> str:
+        if splits == 1 or spec.multi_token:
+            return "last"
+        # A long sequence among short ones gets most of the splits, whatever the average is: its last program has many
+        # states to merge. On an H200 that costs less than a second kernel if each state is small or programs are many.
+        is_small = spec.group == 1 and splits <= 16
+        return "last" if is_small or programs * spec.head_dim >= 2**15 else "kernel"
+
+    def first_tiles(
+        self, spec: KernelSpec, block_h: int, programs: int, keys: int, splits: int, gpu: Gpu
+    ) -> list[tuple[int, int, int, int]]:
+        if spec.multi_token or spec.batch_invariant or spec.cache_dtype or not gpu.has_wgmma:
+            return super().first_tiles(spec, block_h, programs, keys, splits, gpu)
+        # On an H200 two warps and larger blocks are faster where programs are few for their keys.
+        if programs <= 8 and keys <= 1024 and spec.head_dim > 64:
+            return [(64, block_h, 4, 3)]
+        few_with_groups = programs <= 8 and spec.group > 1 and spec.head_dim > 64
+        few_splits = splits in (2, 3) and keys >= 2048 and programs <= 1024
+        return [(64, block_h, 2, 3)] if few_with_groups or few_splits else []
 
     def lengths(self, spec: KernelSpec) -> tuple[str, ...]:
         lengths = ("cu_seqlens_q",) * spec.varlen + ("cache_seqlens",) + ("cache_leftpad",) * spec.leftpad

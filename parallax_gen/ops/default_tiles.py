@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Shape
+
 Tile = tuple[int, int, int, int]
 
 
@@ -29,3 +32,8 @@ class Tiles:
 
 # For a head_dim so wide, or a card so small, that no other tile fits.
 SMALLEST_TILES = ((32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
+
+
+def is_few(shape: Shape, gpu: Gpu) -> bool:
+    """Whether at most two programs of 64 query rows run on a multiprocessor: then more stages cost no occupancy."""
+    return shape.batch * shape.heads * -(-shape.seqlen_q // 64) <= 2 * gpu.sms

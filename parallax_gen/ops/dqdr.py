@@ -10,6 +10,7 @@ from parallax_gen.ops.gradients import MASK, QR_TILE, GradientConfig, GradientOp
 from parallax_gen.ops.tile_form import GradientForm, tile_fields
 from parallax_gen.ops.tiles import TILE_KNOBS
 from parallax_gen.problem.hardware import Gpu
+from parallax_gen.problem.shapes import Shape
 from parallax_gen.problem.spec import KernelSpec
 
 
@@ -67,10 +68,22 @@ class DqDrOp(GradientOp[DqDrConfig]):
         """Up to half a block more than in other ops."""
         return self.block_bytes(spec, config) * 3 // 2
 
-    def tiles_by_descriptors(self, spec: KernelSpec, layout: str) -> tuple[Tile, ...]:
-        if layout == "chunked" and spec.head_dim <= 128:
+    def tiles_on_hopper(self, spec: KernelSpec, layout: str, shape: Shape, few: bool) -> tuple[Tile, ...]:
+        """From one H200 at 76 places, causal, over tiles of 128 rows by pointers under Triton 3.9 and 3.6.
+
+        At head_dim 128: with few programs half to 0.9 of the time; else 0.87 to 1, the most gained on short sequences.
+        Packed sequences were measured at 128 tokens: 0.68.
+        """
+        if spec.head_dim > 128 or layout == "padded":
+            return ()
+        if spec.varlen:
+            return ((64, 32, 4, 3),) if shape.seqlen_kv <= 256 and spec.head_dim > 64 else ()
+        if few or layout == "chunked" or spec.head_dim <= 64:
             return ((64, 64, 4, 3),)
-        return ((64, 64, 4, 2),) if spec.window and 64 < spec.head_dim <= 128 and layout == "native" else ()
+        if shape.seqlen_kv <= 512 and not spec.window:
+            return ((64, 32, 4, 3),)
+        is_short = shape.seqlen_kv <= (2048 if spec.group == 1 else 4096)
+        return ((64, 64, 4, 2),) if spec.window or is_short else ()
 
     def with_fewer_instructions(self, config: DqDrConfig) -> DqDrConfig:
         return replace(config, MASK="before_exp")

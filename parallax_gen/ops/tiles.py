@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, TypeVar
 
 from parallax_gen.ops.base import MAX_REGISTERS_PER_THREAD, KernelConfig, Knob, Op, OpKind, Value
-from parallax_gen.ops.default_tiles import SMALLEST_TILES, Tile, Tiles
+from parallax_gen.ops.default_tiles import SMALLEST_TILES, Tile, Tiles, is_few
 from parallax_gen.ops.descriptors import (
     LOADS,
     Descriptor,
@@ -207,8 +207,8 @@ class TiledOp(Op[T]):
         split_tiles = of.split if "split" in layouts and spec.bytes_per_element == 2 else ()
         if layout == "chunked" and spec.head_dim <= 128 and spec.dtype != "fp32":
             tiles = (*of.chunked, *tiles)
-        if gpu.has_wgmma and why_no_descriptors(spec, gpu) is None:
-            tiles = (*self.tiles_by_descriptors(spec, layout), *tiles)
+        if gpu.has_wgmma and spec.bytes_per_element == 2:
+            tiles = (*self.tiles_on_hopper(spec, layout, shape, is_few(shape, gpu)), *tiles)
         configs = [
             *(self.config(m, n, group_heads, w, s, "split") for m, n, w, s in split_tiles),
             *(self.config(m, n, group_heads, w, s, layout) for m, n, w, s in (*tiles, *SMALLEST_TILES)),
@@ -221,8 +221,8 @@ class TiledOp(Op[T]):
             return configs
         return [replace(config, LOADS="descriptors") if self.descriptors_pay(config) else config for config in configs]
 
-    def tiles_by_descriptors(self, spec: KernelSpec, layout: str) -> tuple[Tile, ...]:
-        """Default tiles that go first on Hopper, loaded by descriptors. layout: the config's HEAD_DIM_LAYOUT."""
+    def tiles_on_hopper(self, spec: KernelSpec, layout: str, shape: Shape, few: bool) -> tuple[Tile, ...]:
+        """Default tiles that go first on Hopper in bf16 and fp16. layout: HEAD_DIM_LAYOUT; few: `is_few`."""
         return ()
 
     def descriptors_pay(self, config: T) -> bool:
