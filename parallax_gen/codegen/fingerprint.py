@@ -31,6 +31,8 @@ DIGITS = 32  # hex digits of a fingerprint, and of a text's hash
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _NEW_SCOPE = (ast.FunctionDef, ast.Lambda, *_COMPREHENSIONS)
 
+_LOAD = ast.Load()
+
 # Fields that repeat another field, or do not affect execution.
 _LEFT_OUT = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 
@@ -112,7 +114,7 @@ def _parameters(node: ast.AST) -> list[str]:
 
 
 def _inside(scope: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that may bind names of a scope: all but the bodies of inner scopes."""
+    """The nodes that may bind names of a scope: statements and targets, without those of inner scopes."""
     if isinstance(scope, _COMPREHENSIONS):
         waiting: list[ast.AST] = [generator.target for generator in scope.generators]
     else:
@@ -120,7 +122,8 @@ def _inside(scope: ast.AST) -> Iterator[ast.AST]:
     while waiting:
         node = waiting.pop()
         yield node
-        if not isinstance(node, _NEW_SCOPE):
+        read = isinstance(node, ast.expr) and isinstance(getattr(node, "ctx", _LOAD), ast.Load)
+        if not read and not isinstance(node, _NEW_SCOPE):
             waiting.extend(ast.iter_child_nodes(node))
 
 
