@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torch.distributed.tensor.debug", "parallax_gen.runtime.kvcache", "pytest"]
+PRELOADED = ["torch.distributed.tensor.debug", "parallax_gen.runtime.kvcache", "parallax_gen.tuning.tuner", "pytest"]
 TIMEOUT_S = 120
 
 

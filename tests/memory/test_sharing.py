@@ -107,12 +107,14 @@ def later(config: KernelConfig) -> list[Any]:
     return [f for f in fields(config) if f.default is not MISSING]
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_both_ranks_rank_alike_for_random_records(full: bool) -> None:
+@pytest.mark.parametrize(
+    ("full", "rounds"), [(False, 100), (True, 300), pytest.param(False, 300, marks=pytest.mark.slow)]
+)
+def test_both_ranks_rank_alike_for_random_records(full: bool, rounds: int) -> None:
     draw = random.Random(1)
     kernels = valid_kernels(draw) if full else random_kernel_configs(draw)
     seen: Counter[str] = Counter()
-    for _ in range(300):
+    for _ in range(rounds):
         place, results = full_memory(draw, kernels) if full else random_records(draw, kernels, most=40)
         card, memory = GPUS[place.gpu], InMemory(results)
         shared = records_to_share(memory, card)

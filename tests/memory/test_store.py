@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from forked import start as start_forked
 from memory_samples import EVIDENCE, OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, config, result
 
 from parallax_gen.errors import ParallaxGenError, StoreError
@@ -390,11 +391,8 @@ def record_many(paths: list[Path], start: object, process: int) -> None:
 
 def test_eight_processes_create_and_fill_one_database(tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.db" for n in range(4)]  # several rounds, since a race does not show every time
-    context = multiprocessing.get_context("spawn")
-    start = context.Barrier(8, timeout=60)
-    processes = [context.Process(target=record_many, args=(paths, start, n)) for n in range(8)]
-    for process in processes:
-        process.start()
+    start = multiprocessing.get_context("forkserver").Barrier(8, timeout=60)
+    processes = [start_forked(record_many, paths, start, n) for n in range(8)]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 8

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from forked import start_program
 from sqlite_utils import Database
 
 from parallax_gen.memory.store import Store
@@ -28,20 +27,17 @@ def test_kills_lose_no_finished_trial_and_no_database(tmp_path: Path, rounds: in
     for round_ in range(rounds):
         outputs = [tmp_path / f"{round_}-{n}" for n in range(AT_ONCE)]
         processes = [
-            subprocess.Popen(
-                [sys.executable, str(PROGRAM), str(path), str(100 * round_ + n)],
-                stdout=output.open("w", encoding="utf-8"),
-            )
-            for n, output in enumerate(outputs)
+            start_program(PROGRAM, path, 100 * round_ + n, stdout=output) for n, output in enumerate(outputs)
         ]
-        while not all(output.stat().st_size for output in outputs):  # every process has begun
-            assert all(process.poll() is None for process in processes)
+        while not all(output.exists() and output.stat().st_size for output in outputs):  # every process has begun
+            assert all(process.is_alive() for process in processes)
             time.sleep(0.01)
         for process in processes:
             time.sleep(chance.uniform(0.0, 0.05))
             process.kill()
         for process in processes:
-            assert process.wait() == -9
+            process.join()
+            assert process.exitcode == -9
         for output in outputs:
             lines = [
                 line.split()

@@ -8,16 +8,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psycopg
 import pytest
+from forked import start_program
 from shared_tune import JOB, cost
 
 from parallax_gen.errors import StoreError
@@ -81,9 +82,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{server}/{name}"
 
 
-def work(folder: Path, url: str, number: int) -> subprocess.Popen[str]:
-    arguments = [sys.executable, str(PROGRAM), str(folder / f"{number}.db"), url, str(number)]
-    return subprocess.Popen(arguments, stdout=(folder / f"{number}.txt").open("w", encoding="utf-8"), encoding="utf-8")
+def work(folder: Path, url: str, number: int) -> BaseProcess:
+    stdout = folder / f"{number}.txt"
+    stdout.touch()
+    return start_program(PROGRAM, folder / f"{number}.db", url, number, stdout=stdout)
 
 
 def measured(folder: Path, number: int) -> list[str]:
@@ -94,11 +96,12 @@ def test_tuners_try_every_config_once_even_if_one_is_killed(url: str, tmp_path: 
     """Every tuner has all results, including those of the killed tuner, whose unfinished config another one tries."""
     tuners = {number: work(tmp_path, url, number) for number in range(4)}
     while len(measured(tmp_path, 0)) < 2:
-        assert tuners[0].poll() is None
+        assert tuners[0].is_alive()
         time.sleep(0.01)
     tuners[0].kill()
     for number, tuner in tuners.items():
-        assert tuner.wait(100) == (-9 if number == 0 else 0)
+        tuner.join(100)
+        assert tuner.exitcode == (-9 if number == 0 else 0)
     tried = Counter(config for number in tuners for config in measured(tmp_path, number))
     assert set(tried) == {config_to_json(config) for config in CONFIGS}
     unfinished = {measured(tmp_path, 0)[-1]}
