@@ -92,7 +92,7 @@ def answer(request: WorkerRequest | Identify | Inspect) -> Reply | Gpu | int | N
     """The reply to a request. Raises an error that `machine_error` recognises if the machine is at fault."""
     start = time.monotonic()
     if isinstance(request, Identify):
-        return gpu_here(0)
+        return None if hides_all_devices() else gpu_here(0)
     if isinstance(request, Inspect):
         return taken_bytes()
     if isinstance(request, Compile):
@@ -253,6 +253,11 @@ def free_cached_inputs() -> None:
             torch.cuda.empty_cache()
 
 
+def hides_all_devices() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES is empty. torch would find no device, but its import takes seconds."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+
+
 def create_context() -> bool:
     """Create the CUDA context before the first request, because it takes seconds. Returns whether there is a device."""
     import torch
@@ -283,4 +288,4 @@ def die_with_parent() -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    serve(device="--device" in sys.argv[1:])
+    serve(device="--device" in sys.argv[1:] and not hides_all_devices())
