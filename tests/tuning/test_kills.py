@@ -26,9 +26,7 @@ def test_kills_lose_no_finished_trial_and_no_database(tmp_path: Path, rounds: in
     went_on = 0
     for round_ in range(rounds):
         outputs = [tmp_path / f"{round_}-{n}" for n in range(AT_ONCE)]
-        processes = [
-            start_program(PROGRAM, path, 100 * round_ + n, stdout=output) for n, output in enumerate(outputs)
-        ]
+        processes = [start_program(PROGRAM, path, 100 * round_ + n, stdout=output) for n, output in enumerate(outputs)]
         while not all(output.exists() and output.stat().st_size for output in outputs):  # every process has begun
             assert all(process.is_alive() for process in processes)
             time.sleep(0.01)
