@@ -10,9 +10,9 @@ Triton or ptxas may have compiled it. Tiers, best first:
    then on a sibling
 5. default: the heuristics
 
-Near buckets in other kernels than decode of one query per sequence, and siblings in preprocess, whose speed depends on
-its own card's memory, are evidence for the default alone: where it is at most MOST_LOSS slower there than the fastest.
-docs/borrowing.md says why.
+Near buckets of all ops but decode, and siblings of preprocess, whose speed depends on its own card's memory, are
+evidence for the default alone: where it is at most MOST_LOSS times as slow there as the fastest. docs/borrowing.md says
+why.
 
 Within a tier the same toolchain goes first, then the newest; times are compared only within one card and toolchain.
 Records of a search that did not know a knob value of today's default, or of a sibling's newer best, are skipped: what
@@ -72,8 +72,8 @@ class Candidate:
         """Whether the record was looked up as evidence for the default alone."""
         if self.record is None or self.tier < Tier.SIBLING_CARD:
             return False
-        op = op_of(spec := self.record.place.spec)
-        return not (op.uses_sibling_records if self.tier == Tier.SIBLING_CARD else op.uses_near_records(spec))
+        op = op_of(self.record.place.spec)
+        return not (op.uses_sibling_records if self.tier == Tier.SIBLING_CARD else op.uses_near_records)
 
 
 def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None = None) -> Iterator[Candidate]:
@@ -96,7 +96,7 @@ def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None 
             yield from (Candidate(tier, r.config, r) for r in search.measured if usable(r))
     for search in sibling_searches:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if usable(r))
-    any_config = op_of(place.spec).uses_near_records(place.spec)
+    any_config = op_of(place.spec).uses_near_records
     for other in _places_with_evidence(place, gpu):
         for search in _searches(memory.results(other), here):
             records = [] if search.unknown_knob(default) else filter(usable, search.measured)
@@ -252,7 +252,7 @@ def _on_siblings(place: Place, gpu: Gpu) -> list[Place]:
 
 def borrowable_near_places(place: Place, gpu: Gpu) -> list[Place]:
     """The `near_places` without whose records calls may get other configs: none where those support the default."""
-    return near_places(place, gpu) if op_of(place.spec).uses_near_records(place.spec) else []
+    return near_places(place, gpu) if op_of(place.spec).uses_near_records else []
 
 
 def siblings(gpu: Gpu) -> list[str]:

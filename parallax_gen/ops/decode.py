@@ -59,9 +59,6 @@ class CacheOp(Op[DecodeConfig]):
             return f"its accumulators need {accumulators} registers per thread; there are {registers}"
         return None
 
-    def uses_near_records(self, spec: KernelSpec) -> bool:
-        return not spec.multi_token  # of prompts the default is as fast as a near bucket's best, or faster
-
     @abstractmethod
     def why_not_merged(self, spec: KernelSpec, config: DecodeConfig) -> str | None:
         """Why the splits cannot be merged in the config's way; None if they can."""
@@ -133,7 +130,9 @@ class CacheOp(Op[DecodeConfig]):
         self, spec: KernelSpec, block_h: int, programs: int, keys: int, splits: int, gpu: Gpu
     ) -> list[tuple[int, int, int, int]]:
         """Tiles as in `_default_tiles` that go first. programs: without splits; keys: those attended to."""
-        return _hopper_tiles_of_prompts(spec, programs / gpu.sms, splits) if block_h == 64 and gpu.has_wgmma else []
+        return (
+            _hopper_tiles_of_prompts(spec, programs / gpu.sms, keys, splits) if block_h == 64 and gpu.has_wgmma else []
+        )
 
     def promising(self, spec: KernelSpec, defaults: list[DecodeConfig]) -> list[DecodeConfig]:
         default = defaults[0]
@@ -169,6 +168,7 @@ class DecodeOp(CacheOp):
     name = "decode"
     template = "decode.py.j2"
     costs = CostHints(spill_bytes=200, merge_bytes_us=40e3)  # a step is short, and each step spills
+    uses_near_records = True
 
     def coerce(self, spec: KernelSpec, choices: dict[str, Value]) -> dict[str, Value]:
         """With one split there is nothing to merge."""
@@ -237,10 +237,13 @@ def _half_empty(spec: KernelSpec, block_h: int) -> bool:
     return block_h > 8 and block_h >= 2 * spec.group and not spec.multi_token
 
 
-def _hopper_tiles_of_prompts(spec: KernelSpec, programs_per_sm: float, splits: int) -> list[tuple[int, int, int, int]]:
+def _hopper_tiles_of_prompts(
+    spec: KernelSpec, programs_per_sm: float, keys: int, splits: int
+) -> list[tuple[int, int, int, int]]:
     """Tiles as in `_default_tiles` that go first: an H200's fastest at 94 places with Triton 3.9, most with 3.6 too.
 
-    Blocks of 32 query rows and 4 warps: two programs or more share a multiprocessor.
+    Blocks of 32 query rows and 4 warps: two programs or more share a multiprocessor. Over very many keys, which then
+    come from memory, larger blocks reuse them more.
 
     programs_per_sm  with tiles of 64 rows, unsplit
     """
@@ -248,8 +251,9 @@ def _hopper_tiles_of_prompts(spec: KernelSpec, programs_per_sm: float, splits: i
         return []
     if splits > 1:
         return [(128, 64, 8, 3)]
-    enough = 4 if spec.head_dim <= 64 else 0.75  # programs to hide each other's latency: else blocks of more keys
-    return [(128 if programs_per_sm < enough and not spec.window else 64, 32, 4, 3)]
+    if programs_per_sm < (4 if spec.head_dim <= 64 else 0.75) and not spec.window:
+        return [(128, 32, 4, 3)]  # few programs to hide each other's latency
+    return [(128, 64, 4 if spec.head_dim <= 64 else 8, 3) if keys >= 32768 else (64, 32, 4, 3)]
 
 
 def _default_tiles(spec: KernelSpec, block_h: int, gpu: Gpu) -> list[tuple[int, int, int, int]]:

@@ -78,12 +78,15 @@ class DqDrOp(GradientOp[DqDrConfig]):
             return ()
         if spec.varlen:
             return ((64, 32, 4, 3),) if shape.seqlen_kv <= 256 and spec.head_dim > 64 else ()
-        if few or layout == "chunked" or spec.head_dim <= 64:
+        if layout == "chunked" or spec.head_dim <= 64:
             return ((64, 64, 4, 3),)
-        if shape.seqlen_kv <= 512 and not spec.window:
+        if spec.window:
+            return ((64, 64, 4, 2),)
+        if few:
+            return ((64, 64, 4, 3),)
+        if shape.seqlen_kv <= 512:
             return ((64, 32, 4, 3),)
-        is_short = shape.seqlen_kv <= (2048 if spec.group == 1 else 4096)
-        return ((64, 64, 4, 2),) if spec.window or is_short else ()
+        return ((64, 64, 4, 2),) if shape.seqlen_kv <= (2048 if spec.group == 1 else 4096) else ()
 
     def with_fewer_instructions(self, config: DqDrConfig) -> DqDrConfig:
         return replace(config, MASK="before_exp")

@@ -149,17 +149,11 @@ def test_near_buckets_of_a_sibling_come_after_its_own_bucket_and_the_cards_near_
     assert [c.tier for c in candidates[:-1]] == [1, 3, 4, 4]
 
 
-def test_near_buckets_of_decode_with_per_sequence_lengths_are_borrowed_too() -> None:
-    place = dataclasses.replace(DECODE, spec=KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=16))
-    config = dataclasses.replace(default_of(place, GPU), num_warps=4, BLOCK_N=64)
-    near_record = record(config=config, place=dataclasses.replace(place, bucket=Bucket(8, 1, 8192)))
-    assert best(place, GPU, RecordTable([near_record])).record == near_record
-
-
+PER_SEQUENCE = KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=16)
 PROMPTS = KernelSpec("decode_varlen", 128, "bf16", group=4, causal=True, varlen=True, multi_token=True)
 
 
-@pytest.mark.parametrize(("spec", "seqlen_q"), [(SPEC, 4096), (PROMPTS, 2048)])
+@pytest.mark.parametrize(("spec", "seqlen_q"), [(SPEC, 4096), (PROMPTS, 2048), (PER_SEQUENCE, 1)])
 def test_near_buckets_of_other_kernels_only_support_the_default(spec: KernelSpec, seqlen_q: int) -> None:
     """A record of the default is chosen, unless another config is faster there."""
     place = Place(GPU.name, spec, Bucket(32, seqlen_q, 4096))

@@ -180,13 +180,14 @@ def test_failures_on_rank_0_prevent_borrowing_on_other_ranks() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["h100", "h200"])
-def test_a_third_of_the_shipped_records_is_sent(name: str) -> None:
+@pytest.mark.parametrize(("name", "most"), [("h100", 0.55), ("h200", 0.35)])
+def test_a_part_of_the_shipped_records_is_sent(name: str, most: float) -> None:
+    """An H100 borrows: two candidates for each place and the default's time."""
     memory, card = Memory(), GPUS[name]
     shared = records_to_share(memory, card)
     table = received(shared)
     everything = memory.all()
-    assert len(shared) < len(everything) / 2
+    assert len(shared) < most * len(everything)
     known = RecordTable(everything)
     for place in places_served(everything, card)[::7]:
         assert list(launch_candidates(place, card, table)) == list(launch_candidates(place, card, known))

@@ -172,8 +172,8 @@ def test_the_evidence_has_62_places_with_the_defaults_time(path: Path) -> None:
         assert measured.slowdown(default_of(measured.place, GPU)) is not None
 
 
-def test_near_buckets_lose_less_than_the_default_for_one_query_and_more_for_prompts() -> None:
-    """What `uses_near_records` follows for caches with per-sequence lengths."""
+def test_near_buckets_lose_as_little_as_the_default_with_per_sequence_lengths() -> None:
+    """Why `uses_near_records` is False there: the default is as fast, and no search of a few configs misleads it."""
     measured = read_results(Path(__file__).parents[1] / "data" / "near_buckets" / "h200_triton39.jsonl")
     choices = [choice for comparable in comparable_times(measured) for choice in borrowed(comparable, measured)]
     seen = set()
@@ -181,8 +181,8 @@ def test_near_buckets_lose_less_than_the_default_for_one_query_and_more_for_prom
         if summary.choice == NEAREST:
             assert summary.mean is not None
             assert summary.default_mean is not None
-            many_queries = "prompts" in summary.kind
-            assert (summary.mean < summary.default_mean) is not many_queries
-            assert summary.places > 15
+            assert abs(summary.mean - summary.default_mean) < 0.005
+            assert summary.default_mean < 1.015
+            assert summary.places >= 8
             seen.add(summary.kind)
     assert len(seen) == 4
