@@ -19,8 +19,7 @@ from parallax_gen.memory.ranking import (
     RecordTable,
     Tier,
     default_of,
-    near_places,
-    sibling_places,
+    places_read,
     siblings,
 )
 from parallax_gen.memory.shipped import Memory
@@ -164,8 +163,7 @@ class _CardRecords:
 
     def _ranked(self, place: Place) -> dict[str, list[Candidate]]:
         """Toolchain -> what a call considers with it, without those whose candidates are any other toolchain's."""
-        near = [place, *sibling_places(place, self._gpu), *near_places(place, self._gpu)]
-        if self._places.isdisjoint(near):
+        if self._places.isdisjoint(places_read(place, self._gpu)):
             return {}
         others = [*launch_candidates(place, self._gpu, self._table, _UNKNOWN)]
         found = {toolchain_key(t.triton, t.cuda): self._candidates(place, t) for t in self._toolchains}

@@ -21,7 +21,7 @@ they beat did not have it. Records whose kernel is no longer rendered only give 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
@@ -36,7 +36,9 @@ from parallax_gen.ops.space import default_config, why_invalid
 from parallax_gen.problem.hardware import GPUS, Gpu
 from parallax_gen.problem.shapes import SHORTEST, representative
 
-MOST_LOSS = 1.03  # how much slower than the fastest a default is where a measurement counts as evidence for it
+# Where a measurement counts as evidence for a default: its time over the fastest, and how many others were timed.
+MOST_LOSS = 1.03
+FEWEST_RIVALS = 2
 
 
 class Tier(IntEnum):
@@ -97,10 +99,11 @@ def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None 
     for search in sibling_searches:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if usable(r))
     any_config = op_of(place.spec).uses_near_records
-    for other in _places_with_evidence(place, gpu):
+    for other in _last_places(place, gpu):
         for search in _searches(memory.results(other), here):
-            records = [] if search.unknown_knob(default) else filter(usable, search.measured)
-            if record := next(iter(records), None) if any_config else _supporting(records, default):
+            records = [] if search.unknown_knob(default) else search.measured
+            records = records if any_config else _supporting(records, default)
+            if record := next(filter(usable, records), None):
                 tier = Tier.SIBLING_CARD if other.bucket == place.bucket else Tier.NEAR_BUCKET
                 yield Candidate(tier, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
@@ -152,26 +155,25 @@ def near_places(place: Place, gpu: Gpu) -> list[Place]:
     return [*near, *(there for here in near for there in _on_siblings(here, gpu))]
 
 
-def _places_with_evidence(place: Place, gpu: Gpu) -> list[Place]:
+def places_read(place: Place, gpu: Gpu) -> list[Place]:
+    """All places whose records the ranking of a place reads."""
+    return [place, *sibling_places(place, gpu), *_last_places(place, gpu)]
+
+
+def _last_places(place: Place, gpu: Gpu) -> list[Place]:
     """Places whose records are ranked behind all of a place and of its `sibling_places`."""
     siblings_there = [] if op_of(place.spec).uses_sibling_records else _on_siblings(place, gpu)
     return [*siblings_there, *near_places(place, gpu)]
 
 
-def _supporting(records: Iterable[Result], default: KernelConfig) -> Result | None:
-    """The default's record among the records of one search, if it is hardly slower than the fastest; or None.
+def _supporting(records: Sequence[Result], default: KernelConfig) -> list[Result]:
+    """The default's record in a search, if others were tried and it is hardly slower than the fastest.
 
-    records  from fast to slow
+    records  of the search, from fast to slow
     """
-    fastest_time = None
-    for record in records:
-        assert record.time_us is not None
-        fastest_time = fastest_time or record.time_us
-        if record.time_us > MOST_LOSS * fastest_time:
-            return None
-        if record.config == default:
-            return record
-    return None
+    if len(records) <= FEWEST_RIVALS:
+        return []
+    return [r for r in records if r.config == default and _time(r) <= MOST_LOSS * _time(records[0])]
 
 
 def comparable_here(evidence: Evidence, here: Toolchain | None = None) -> bool:
@@ -357,7 +359,11 @@ def _searches(results: Iterable[Result], here: Toolchain | None = None) -> list[
 
 def fastest(results: Iterable[Result]) -> list[Result]:
     """The measured results, from fast to slow; ties keep their order."""
-    return sorted((result for result in results if result.measured), key=lambda result: result.time_us or 0.0)
+    return sorted((result for result in results if result.measured), key=_time)
+
+
+def _time(result: Result) -> float:
+    return result.time_us or 0.0
 
 
 # -- Where the ranking looks up records: a Memory, or a table of records taken from it.

@@ -16,8 +16,8 @@ from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import (
     RecordTable,
     borrowable_near_places,
+    places_read,
     representative_records,
-    sibling_places,
     siblings,
 )
 from parallax_gen.memory.result import Result
@@ -51,9 +51,5 @@ def records_to_share(memory: Memory, gpu: Gpu) -> list[Result]:
         differing = [place for place, choice in chosen.items() if list(launch_candidates(place, gpu, table)) != choice]
         if not differing:
             return shared
-        read_places = dict.fromkeys(
-            read
-            for place in differing
-            for read in (place, *sibling_places(place, gpu), *borrowable_near_places(place, gpu))
-        )
+        read_places = dict.fromkeys(read for place in differing for read in places_read(place, gpu))
         kept.update(r for place in read_places for r in all_records.results(place))
