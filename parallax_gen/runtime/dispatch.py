@@ -348,5 +348,5 @@ def _what_runs(candidate: Candidate) -> str:
     record = candidate.record
     if record is None:
         return "its default config is used"
-    measured_for = f"{record.place.bucket}, " if candidate.tier == Tier.NEAR_BUCKET else ""
+    measured_for = f"{record.place.bucket} on " if candidate.tier == Tier.NEAR_BUCKET else ""
     return f"a record of {measured_for}{record.place.gpu} with {record.evidence.measured_with} is used"

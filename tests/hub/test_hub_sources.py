@@ -121,6 +121,12 @@ def test_constants_are_those_of_the_modules_that_stand_ins_replace() -> None:
     assert guard.NOT_BORROWED == (Tier.MEASURED_HERE, Tier.DEFAULT)
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    """A folder's files by their paths in it, without the modules that Python compiled when it imported them."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path for name, path in files.items() if "__pycache__" not in path.parts}
+
+
 def test_the_folder_is_a_project_of_kernel_builder(package: HubPackage) -> None:
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     build = tomllib.loads((package.folder / "build.toml").read_text(encoding="utf-8"))
@@ -133,7 +139,7 @@ def test_the_folder_is_a_project_of_kernel_builder(package: HubPackage) -> None:
         "hub": {"repo-id": "me/parallax-attn"},
     }
     assert build["torch-noarch"] == {"pyext": ["json", "py"]}
-    suffixes = {path.suffix for path in (package.folder / "torch-ext").rglob("*") if path.is_file()}
+    suffixes = {path.suffix for path in files_of(package.folder / "torch-ext").values()}
     assert suffixes == {".json", ".py"}
     card = (package.folder / "CARD.md").read_text(encoding="utf-8")
     assert all(f"- {spec}\n" in card for spec in SPECS)
@@ -147,7 +153,7 @@ def test_the_folder_is_a_project_of_kernel_builder(package: HubPackage) -> None:
 
 def test_the_build_is_the_code_with_its_metadata(package: HubPackage) -> None:
     source, built = package.folder / "torch-ext" / package.module, package.build
-    files = {path.relative_to(built).as_posix(): path for path in built.rglob("*") if path.is_file()}
+    files = files_of(built)
     metadata = json.loads(files.pop("metadata.json").read_text(encoding="utf-8"))
     hashes = {
         name: base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode() for name, path in files.items()
@@ -156,7 +162,7 @@ def test_the_build_is_the_code_with_its_metadata(package: HubPackage) -> None:
     assert metadata["id"].startswith("_parallax_attn_cuda_")
     assert f'"{metadata["id"]}::' in files.pop("_ops.py").read_text(encoding="utf-8")
     assert {name: path.read_bytes() for name, path in files.items()} == {
-        path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*") if path.is_file()
+        name: path.read_bytes() for name, path in files_of(source).items()
     }
 
 

@@ -134,7 +134,7 @@ def test_the_warning_names_the_other_toolchain_or_card() -> None:
     config = default_of(near, GPU)
     of_near = Result(near, evidence_of(render(near.spec, config, GPU)), config, "ok", time_us=5.0)
     (message,) = warnings_of_calls(Dispatcher(RecordTable([of_near])), decode)
-    assert "a record of batch x kv_heads 8, seqlen 1x2048 with " in message
+    assert "a record of batch x kv_heads 8, seqlen 1x2048 on h200 with " in message
 
 
 ON, OFF = ("1", "true", "True", "YES", "on"), ("0", "false", "No", "OFF", "")
