@@ -114,7 +114,10 @@ def _parameters(node: ast.AST) -> list[str]:
 
 
 def _inside(scope: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that may bind names of a scope: statements and targets, without those of inner scopes."""
+    """The nodes that may bind names of a scope: statements and targets, without those of inner scopes.
+
+    Not the targets of `:=`, which rendered files do not have: to look for them in every expression takes as long again.
+    """
     if isinstance(scope, _COMPREHENSIONS):
         waiting: list[ast.AST] = [generator.target for generator in scope.generators]
     else:

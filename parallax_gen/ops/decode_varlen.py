@@ -52,7 +52,7 @@ class DecodeVarlenOp(CacheOp):
         # Few sequences are as long as the longest, and their keys must be split too; but the more sequences there are,
         # the longer the short ones fill the card. From one H200 at 106 places, timed with `spread_lengths` and
         # `skewed_lengths`: four splits everywhere took up to 4 times as long.
-        waves = programs / gpu.sms
+        waves = programs / gpu.sms  # measured at 1, 2, 4, 8, 16 and 31; the limits are in between
         if waves < 0.75:
             wanted, least_keys = 3 * gpu.sms // programs, 32 if spec.group == 1 else 64
         elif waves < 6:
@@ -70,7 +70,8 @@ class DecodeVarlenOp(CacheOp):
         if splits == 1 or spec.multi_token:
             return "last"
         # A long sequence among short ones gets most of the splits, whatever the average is: its last program has many
-        # states to merge. On an H200 that costs less than a second kernel if each state is small or programs are many.
+        # states to merge. On an H200 that costs less than a second kernel if states are few and of one head, or if
+        # programs are many: 256 at head_dim 128.
         is_small = spec.group == 1 and splits <= 16
         return "last" if is_small or programs * spec.head_dim >= 2**15 else "kernel"
 

@@ -37,6 +37,11 @@ def fingerprint_of_golden(name: str) -> str:
     return fingerprint(text_of(name))
 
 
+def test_no_rendered_file_binds_a_name_inside_an_expression() -> None:
+    """A fingerprint does not look for `:=`."""
+    assert not any(isinstance(node, ast.NamedExpr) for name in GOLDEN for node in ast.walk(ast.parse(text_of(name))))
+
+
 def test_fingerprints_of_golden_kernels_are_as_stored(request: pytest.FixtureRequest) -> None:
     now = {name: fingerprint_of_golden(name) for name in sorted(GOLDEN)}
     if request.config.getoption("--regenerate-golden"):
