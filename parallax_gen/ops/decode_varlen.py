@@ -83,6 +83,8 @@ class DecodeVarlenOp(CacheOp):
         # On an H200 two warps and larger blocks are faster where programs are few for their keys.
         if programs <= 8 and keys <= 1024 and spec.head_dim > 64:
             return [(64, block_h, 4, 3)]
+        if programs > 3 * gpu.sms and keys <= 1024 and spec.page_size and spec.head_dim <= 64:
+            return [(32, block_h, 1, 3 if splits == 1 else 4)]  # one warp for few keys of many sequences
         few_with_groups = programs <= 8 and spec.group > 1 and spec.head_dim > 64
         few_splits = splits in (2, 3) and keys >= 2048 and programs <= 1024
         return [(64, block_h, 2, 3)] if few_with_groups or few_splits else []
