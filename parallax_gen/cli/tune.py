@@ -228,7 +228,7 @@ def _tune_all(
     from parallax_gen.tuning.interrupt import Interrupt
     from parallax_gen.tuning.progress import ProgressView
 
-    if not measure:
+    if not measure and not any(job.gpu.is_amd for job in jobs):  # those are refused
         print_text("no CUDA device here: compiling and ranking only, nothing will be measured (predicted)", err=True)
     interrupt = Interrupt()
     view = ProgressView(

@@ -19,7 +19,7 @@ from parallax_gen.environment import LOCK
 from parallax_gen.errors import ArgumentError, ParallaxGenError
 from parallax_gen.hub.records import PackageRecords
 from parallax_gen.hub.sources import python_files
-from parallax_gen.hub.texts import FIRST_LINE, FLAKE, VERSION, build_toml, card, test_file
+from parallax_gen.hub.texts import CONFTEST, FIRST_LINE, FLAKE, VERSION, build_toml, card, test_file
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.hardware import Gpu
 from parallax_gen.problem.shapes import Shape
@@ -106,6 +106,7 @@ def write_package(
         "flake.nix": FLAKE,
         "CARD.md": card(repo_id, records.specs, gpus),
         ".gitignore": "build/\n",
+        "tests/conftest.py": CONFTEST,
         f"tests/test_{module}.py": test_file(module),
     }
     package = HubPackage(folder, module, records.specs, len(rendered))

@@ -96,6 +96,14 @@ Without a GPU, kernels run in Triton's interpreter if `TRITON_INTERPRET=1` is se
 """
 
 
+CONFTEST = '''"""Declares the mark of the tests that kernel-builder runs."""
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "kernels_ci: kernel-builder runs it")
+'''
+
+
 def test_file(module: str) -> str:
     """The tests that kernel-builder runs."""
     return _TEST.replace("MODULE", module)

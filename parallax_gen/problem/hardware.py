@@ -183,9 +183,15 @@ def gpu_by_name(name: str) -> Gpu:
     gpu = _BY_ALIAS.get(_squeeze(name))
     if gpu is None:
         similar = get_close_matches(_squeeze(name), _BY_ALIAS, n=1, cutoff=0.7)
-        advice = f"; did you mean {_BY_ALIAS[similar[0]].name}?" if similar else ""
+        meant = _of_architecture(name) or [_BY_ALIAS[alias].name for alias in similar]
+        advice = f"; did you mean {' or '.join(meant)}?" if meant else ""
         raise UnknownGpuError(f"unknown GPU {name!r}; known GPUs: {', '.join(GPUS)}{advice}")
     return gpu
+
+
+def _of_architecture(name: str) -> list[str]:
+    """The names of the GPUs of an architecture, such as gfx942 or sm_90."""
+    return [gpu.name for gpu in GPUS.values() if _squeeze(gpu.target) == _squeeze(name)]
 
 
 def recognise(

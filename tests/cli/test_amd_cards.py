@@ -91,3 +91,5 @@ def test_no_tuning(store: Store) -> None:
     with Tuner(store, measure=False, compilers=[]) as tuner, pytest.raises(MeasureError, match=message):
         tuner.tune(job, trials=1, time_budget_s=60.0, on_progress=lambda _: None)
     assert not store.results(job.place)
+    refused = run("tune", "--op", "decode", "--shape", "8,32/8,1024", "--gpu", "mi300x")
+    assert (refused.exit_code, refused.stderr) == (1, f"error: AMD Instinct MI300X cannot be tuned: {NOT_MEASURED}\n")

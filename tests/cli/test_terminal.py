@@ -146,6 +146,8 @@ def test_a_group_without_a_command_shows_its_help() -> None:
         ("rtx 4080", "rtx4090"),
         ("a1000", "a100"),
         ("mi300", "mi300x"),
+        ("gfx942", "mi300x or mi325x or mi300a"),
+        ("sm_100", "b200 or gb200"),
         ("voodoo", ""),
     ],
 )

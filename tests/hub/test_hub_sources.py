@@ -147,6 +147,7 @@ def test_the_folder_is_a_project_of_kernel_builder(package: HubPackage) -> None:
     tests = (package.folder / "tests" / "test_parallax_attn.py").read_text(encoding="utf-8")
     compile(tests, "tests", "exec")  # tests marked slow run it
     assert "pytest.mark.kernels_ci" in tests
+    assert '"kernels_ci: ' in (package.folder / "tests" / "conftest.py").read_text(encoding="utf-8")
     assert "import parallax_attn as" in tests
     assert (package.folder / "flake.nix").exists()
 
@@ -207,7 +208,11 @@ def test_an_export_under_another_name_leaves_nothing_of_the_first(
     package = write_package(folder, calls_of([DECODE]), [H200], Memory(), "me/second-name")
     assert package.module == "second_name"
     assert [path.name for path in (folder / "torch-ext").iterdir()] == ["second_name"]
-    assert {path.name for path in (folder / "tests").iterdir()} == {"test_mine.py", "test_second_name.py"}
+    assert {path.name for path in (folder / "tests").iterdir()} == {
+        "conftest.py",
+        "test_mine.py",
+        "test_second_name.py",
+    }
 
 
 @pytest.mark.parametrize("repo_id", ["parallax-attn", "me/Parallax", "me/parallax_attn", "me/p/q", "me/p", "me/p-"])
