@@ -6,13 +6,12 @@ Triton or ptxas may have compiled it. Tiers, best first:
 1. measured here: the same GPU, kernel and toolchain
 2. other toolchain: the same GPU and kernel, compiled by another Triton or ptxas
 3. sibling card: the same kernel on another GPU of the same capability, such as an H100's on an H200
-4. near bucket: the same kernel in a near bucket, first with other lengths, then with another kv_rows, on this card and
-   then on a sibling
+4. near bucket: the default, which was at most MOST_LOSS times as slow as the fastest in a near bucket, first with other
+   lengths, then with another kv_rows, on this card and then on a sibling
 5. default: the heuristics
 
-Near buckets of all ops but decode, and siblings of preprocess, whose speed depends on its own card's memory, are
-evidence for the default alone: where it is at most MOST_LOSS times as slow there as the fastest. docs/borrowing.md says
-why.
+A sibling's preprocess, whose speed depends on its own card's memory, is evidence for the default alone, too.
+docs/borrowing.md says why.
 
 Within a tier the same toolchain goes first, then the newest; times are compared only within one card and toolchain.
 Records of a search that did not know a knob value of today's default, or of a sibling's newer best, are skipped: what
@@ -72,10 +71,9 @@ class Candidate:
     @property
     def supports_default(self) -> bool:
         """Whether the record was looked up as evidence for the default alone."""
-        if self.record is None or self.tier < Tier.SIBLING_CARD:
-            return False
-        op = op_of(self.record.place.spec)
-        return not (op.uses_sibling_records if self.tier == Tier.SIBLING_CARD else op.uses_near_records)
+        if self.tier != Tier.SIBLING_CARD or self.record is None:
+            return self.tier == Tier.NEAR_BUCKET
+        return not op_of(self.record.place.spec).uses_sibling_records
 
 
 def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None = None) -> Iterator[Candidate]:
@@ -98,12 +96,10 @@ def ranked(place: Place, gpu: Gpu, memory: RecordSource, here: Toolchain | None 
             yield from (Candidate(tier, r.config, r) for r in search.measured if usable(r))
     for search in sibling_searches:
         yield from (Candidate(Tier.SIBLING_CARD, r.config, r) for r in search.measured if usable(r))
-    any_config = op_of(place.spec).uses_near_records
     for other in _last_places(place, gpu):
         for search in _searches(memory.results(other), here):
-            records = [] if search.unknown_knob(default) else search.measured
-            records = records if any_config else _supporting(records, default)
-            if record := next(filter(usable, records), None):
+            supporting = [] if search.unknown_knob(default) else _supporting(search.measured, default)
+            if record := next(filter(usable, supporting), None):
                 tier = Tier.SIBLING_CARD if other.bucket == place.bucket else Tier.NEAR_BUCKET
                 yield Candidate(tier, record.config, record)
     yield Candidate(Tier.DEFAULT, default, None)
@@ -250,11 +246,6 @@ def sibling_places(place: Place, gpu: Gpu) -> list[Place]:
 
 def _on_siblings(place: Place, gpu: Gpu) -> list[Place]:
     return [replace(place, gpu=name) for name in siblings(gpu)] if gpu.name == place.gpu else []
-
-
-def borrowable_near_places(place: Place, gpu: Gpu) -> list[Place]:
-    """The `near_places` without whose records calls may get other configs: none where those support the default."""
-    return near_places(place, gpu) if op_of(place.spec).uses_near_records else []
 
 
 def siblings(gpu: Gpu) -> list[str]:

@@ -13,24 +13,15 @@ from dataclasses import replace
 
 from parallax_gen.memory.guard import launch_candidates
 from parallax_gen.memory.place import Place
-from parallax_gen.memory.ranking import (
-    RecordTable,
-    borrowable_near_places,
-    places_read,
-    representative_records,
-    siblings,
-)
+from parallax_gen.memory.ranking import RecordTable, places_read, representative_records, siblings
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.problem.hardware import Gpu
 
 
 def places_served(records: Iterable[Result], gpu: Gpu) -> list[Place]:
-    """The places of a card whose calls may use any of these records, sorted by kernel."""
-    own_places = dict.fromkeys(replace(record.place, gpu=gpu.name) for record in records)
-    near_places = (near for place in own_places for near in borrowable_near_places(place, gpu))
-    served = own_places | dict.fromkeys(near for near in near_places if near.gpu == gpu.name)
-    return sorted(served, key=lambda place: place.order)
+    """The places of a card whose calls may get a config of these records, sorted by kernel."""
+    return sorted({replace(record.place, gpu=gpu.name) for record in records}, key=lambda place: place.order)
 
 
 def records_to_share(memory: Memory, gpu: Gpu) -> list[Result]:

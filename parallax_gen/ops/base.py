@@ -109,7 +109,6 @@ class Op(ABC, Generic[C]):
     knobs                 one for each field of the config, in the same order
     template              the template's file name
     uses_sibling_records  whether a call may use a record of a sibling card: measurements show that it beats the default
-    uses_near_records     likewise of a near bucket
     per_sequence_lengths  whether a launch takes each sequence's length
     stats_in_error        whether a trial's recorded error covers the statistics too
     launch_names          the name in `launch` of a tensor, where it differs from the name in `inputs` and `written`
@@ -122,7 +121,6 @@ class Op(ABC, Generic[C]):
     kind: ClassVar[OpKind]
     costs: ClassVar[CostHints]
     uses_sibling_records: ClassVar[bool] = True
-    uses_near_records: ClassVar[bool] = False
     per_sequence_lengths: ClassVar[bool] = False
     stats_in_error: ClassVar[bool] = True
     launch_names: ClassVar[Mapping[str, str]] = MappingProxyType({})

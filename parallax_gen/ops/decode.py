@@ -168,7 +168,6 @@ class DecodeOp(CacheOp):
     name = "decode"
     template = "decode.py.j2"
     costs = CostHints(spill_bytes=200, merge_bytes_us=40e3)  # a step is short, and each step spills
-    uses_near_records = True
 
     def coerce(self, spec: KernelSpec, choices: dict[str, Value]) -> dict[str, Value]:
         """With one split there is nothing to merge."""

@@ -19,7 +19,7 @@ MEANINGS = {
     Tier.MEASURED_HERE: "measured on this card with this toolchain",
     Tier.OTHER_TOOLCHAIN: "measured on this card with another toolchain",
     Tier.SIBLING_CARD: "measured on a card of the same compute capability",
-    Tier.NEAR_BUCKET: "measured at a near bucket of sizes",
+    Tier.NEAR_BUCKET: "the default, measured at a near bucket of sizes",
     Tier.DEFAULT: "not measured: the default config",
 }
 

@@ -123,8 +123,6 @@ def _reason(
             return f"{fastest} with {Toolchain.here()}"
         if candidate.supports_default:
             fastest = f"the default, at most {MOST_LOSS - 1:.0%} slower than the fastest config measured"
-        elif candidate.tier == Tier.NEAR_BUCKET:
-            fastest = "the best measured"
         basis = f"{fastest} with {record.evidence.measured_with}"
         if record.place.bucket != choice.place.bucket:
             basis += f" at {record.place.bucket}"

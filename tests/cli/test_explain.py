@@ -244,18 +244,20 @@ def test_explain_ignores_other_buckets(store: Store) -> None:
 
 def test_explain_a_near_bucket(store: Store) -> None:
     near = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
-    store.save(make_record(50.0, place=near))
+    default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
+    for us, warps in ((50.0, 2), (51.0, 1), (60.0, 4)):
+        store.save(make_record(us, place=near, config=dataclasses.replace(default, num_warps=warps)))
     result = run_json("explain", *CALL)
+    assert result["config"] == config_to_dict(default)
     assert (result["from"], result["tier"], result["checked"], result["refused"]) == (
         "yours",
         "a near bucket",
-        False,
+        True,
         [],
     )
     text = run("explain", *CALL).stdout
-    best = f"the best measured with {Toolchain.here()} at batch x kv_heads 256, seqlen 1x16384"
-    assert f"{best}; no usable record" in text
-    assert "not yet checked: a first call compiles it here" in text
+    best = f"the default, at most 3% slower than the fastest config measured with {Toolchain.here()}"
+    assert f"{best} at batch x kv_heads 256, seqlen 1x16384; no usable record" in text
 
 
 def test_explain_a_record_that_spills_here(store: Store) -> None:

@@ -125,25 +125,32 @@ def near(kv_rows: int, seqlen_kv: int) -> Place:
     return dataclasses.replace(DECODE, bucket=Bucket(kv_rows, 1, seqlen_kv))
 
 
-def test_near_buckets_of_decode_have_priority_over_the_default_along_keys_first() -> None:
+def supporting(place: Place, us: float = 8.0) -> list[Result]:
+    """Records of today's default, and of two slower configs."""
     default = default_of(DECODE, GPU)
-    config = dataclasses.replace(default, num_stages=5 - default.num_stages % 2)
+    others = (dataclasses.replace(default, num_stages=n) for n in (2, 3, 4, 5) if n != default.num_stages)
+    return [record(us, default, place), *(record(us + 1 + n, next(others), place) for n in range(2))]
+
+
+def test_near_buckets_support_the_default_along_keys_first() -> None:
     order = [near(8, 2048), near(8, 8192), near(8, 1024), near(8, 16384), near(4, 4096), near(16, 4096)]
-    near_records = [record(9.0 - n, config, place) for n, place in enumerate(order)]  # the fastest is not the nearest
+    near_records = [r for n, place in enumerate(order) for r in supporting(place, 9.0 - n)]  # the nearest is slowest
     result = list(ranked(DECODE, GPU, RecordTable(near_records)))
     assert [c.tier for c in result] == [Tier.NEAR_BUCKET] * len(order) + [Tier.DEFAULT]
     assert [c.record.place for c in result[:-1] if c.record] == order
-    own = record(99.0, config, DECODE, **OLD)
+    assert {c.config for c in result} == {default_of(DECODE, GPU)}
+    own = record(99.0, near_records[1].config, DECODE, **OLD)
     assert best(DECODE, GPU, RecordTable([*near_records, own])).record == own
     further = [near(8, 32768), near(32, 4096), dataclasses.replace(near(8, 2048), gpu="a100")]
-    assert best(DECODE, GPU, RecordTable(record(1.0, config, place) for place in further)).record is None
+    assert best(DECODE, GPU, RecordTable(r for place in further for r in supporting(place))).record is None
 
 
 def test_near_buckets_of_a_sibling_come_after_its_own_bucket_and_the_cards_near_buckets() -> None:
     here, near_here = DECODE, near(16, 4096)
     there, near_there = (dataclasses.replace(place, gpu="h100") for place in (here, near(8, 2048)))
-    config = dataclasses.replace(default_of(DECODE, GPU), num_warps=2)
-    records = [record(config=config, place=place) for place in (here, there, near_here, near_there)]
+    config = dataclasses.replace(default_of(DECODE, GPU), num_warps=8)
+    records = [record(config=config, place=place) for place in (here, there)]
+    records += [r for place in (near_here, near_there) for r in supporting(place)]
     candidates = list(ranked(DECODE, GPU, RecordTable(reversed(records))))
     assert [c.record and c.record.place for c in candidates] == [here, there, near_here, near_there, None]
     assert [c.tier for c in candidates[:-1]] == [1, 3, 4, 4]
@@ -153,8 +160,8 @@ PER_SEQUENCE = KernelSpec("decode_varlen", 128, "bf16", group=4, page_size=16)
 PROMPTS = KernelSpec("decode_varlen", 128, "bf16", group=4, causal=True, varlen=True, multi_token=True)
 
 
-@pytest.mark.parametrize(("spec", "seqlen_q"), [(SPEC, 4096), (PROMPTS, 2048), (PER_SEQUENCE, 1)])
-def test_near_buckets_of_other_kernels_only_support_the_default(spec: KernelSpec, seqlen_q: int) -> None:
+@pytest.mark.parametrize(("spec", "seqlen_q"), [(SPEC, 4096), (PROMPTS, 2048), (PER_SEQUENCE, 1), (DECODE.spec, 1)])
+def test_near_buckets_only_support_the_default(spec: KernelSpec, seqlen_q: int) -> None:
     """The default's record counts where two others were timed and none is more than 3 % faster."""
     place = Place(GPU.name, spec, Bucket(32, seqlen_q, 4096))
     lengths = {"seqlen_kv": 8192} | ({"seqlen_q": 8192} if seqlen_q == 4096 else {})

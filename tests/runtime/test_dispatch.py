@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_records import random_kernel_configs, random_records
+from random_records import random_kernel_configs, random_records, random_support
 
 from parallax_gen.codegen.render import render
 from parallax_gen.memory import toolchain
@@ -82,7 +82,7 @@ def test_a_record_of_the_bucket_is_used_for_every_shape_in_it(store: Store, tmp_
     for seqlen in (2900, 4096, 5792):
         assert choose(SPEC, replace(SHAPE, seqlen_kv=seqlen), GPU, memory).config == CONFIG
     longer = choose(SPEC, replace(SHAPE, seqlen_kv=5800), GPU, memory)
-    assert (longer.candidate.tier, longer.config) == (Tier.NEAR_BUCKET, CONFIG)
+    assert (longer.candidate.tier, longer.record) == (Tier.DEFAULT, None)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,8 @@ def test_choices_from_random_records_are_valid() -> None:
     took = 0.0
     for _ in range(1000):
         place, results = random_records(draw, kernels, most=8)
-        spec, card, table = place.spec, GPUS[place.gpu], RecordTable(results)
+        spec, card = place.spec, GPUS[place.gpu]
+        table = RecordTable([*results, *random_support(draw, place, card)] if draw.random() < 0.05 else results)
         start = time.process_time()
         choice = choose(spec, representative(place.bucket, spec.group), card, table)
         took += time.process_time() - start
@@ -367,6 +368,7 @@ def test_choices_from_random_records_are_valid() -> None:
         assert (record.config, record.outcome) == (choice.config, "ok")
         if choice.candidate.tier == Tier.NEAR_BUCKET:
             assert record.place in near_places(choice.place, card)
+            assert choice.config == default_of(choice.place, card)
         else:
             assert replace(record.place, gpu=card.name) == choice.place
             assert record.place == choice.place or record.place.gpu in siblings(card)

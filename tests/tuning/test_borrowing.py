@@ -173,7 +173,7 @@ def test_the_evidence_has_62_places_with_the_defaults_time(path: Path) -> None:
 
 
 def test_near_buckets_lose_as_little_as_the_default_with_per_sequence_lengths() -> None:
-    """Why `uses_near_records` is False there: the default is as fast, and no search of a few configs misleads it."""
+    """Why near buckets only support the default: it is as fast, and no search of a few configs misleads it."""
     measured = read_results(Path(__file__).parents[1] / "data" / "near_buckets" / "h200_triton39.jsonl")
     choices = [choice for comparable in comparable_times(measured) for choice in borrowed(comparable, measured)]
     seen = set()

@@ -2,8 +2,7 @@
 
 parallax_gen ranked the kernels when this package was made, by the same rules as for its own calls: for each toolchain
 (Triton and ptxas) that a record was measured with, and for any other. A borrowed kernel was measured with another
-toolchain, on a card of the same capability, or in a near bucket; it is compiled first, and refused if it spills far
-more than the default.
+toolchain or on a card of the same capability; it is compiled first, and refused if it spills far more than the default.
 """
 
 from __future__ import annotations
