@@ -24,7 +24,7 @@ from parallax_gen.memory.commands import how_to_measure, lock_command
 from parallax_gen.memory.guard import CompiledResources, cache_resources, cached_resources, checked_choice
 from parallax_gen.memory.lock import NO_CHECK, Lock, lock_of_environment
 from parallax_gen.memory.place import Place, config_at, place_of
-from parallax_gen.memory.ranking import Candidate, RecordSource, Tier, best
+from parallax_gen.memory.ranking import MOST_LOSS, Candidate, RecordSource, Tier, best
 from parallax_gen.memory.result import Result
 from parallax_gen.memory.shipped import Memory
 from parallax_gen.memory.store import Store
@@ -348,5 +348,8 @@ def _what_runs(candidate: Candidate) -> str:
     record = candidate.record
     if record is None:
         return "its default config is used"
-    measured_for = f"{record.place.bucket} on " if candidate.tier == Tier.NEAR_BUCKET else ""
-    return f"a record of {measured_for}{record.place.gpu} with {record.evidence.measured_with} is used"
+    where = f"{record.place.gpu} with {record.evidence.measured_with}"
+    if candidate.supports_default:
+        loss = f"at most {MOST_LOSS - 1:.0%} slower than the fastest config"
+        return f"its default config is used, which was {loss} at {record.place.bucket} on {where}"
+    return f"a record of {where} is used"
