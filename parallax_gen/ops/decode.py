@@ -130,9 +130,9 @@ class CacheOp(Op[DecodeConfig]):
         self, spec: KernelSpec, block_h: int, programs: int, keys: int, splits: int, gpu: Gpu
     ) -> list[tuple[int, int, int, int]]:
         """Tiles as in `_default_tiles` that go first. programs: without splits; keys: those attended to."""
-        return (
-            _hopper_tiles_of_prompts(spec, programs / gpu.sms, keys, splits) if block_h == 64 and gpu.has_wgmma else []
-        )
+        if block_h < 64 or not _is_like_measured(spec, gpu):
+            return []
+        return _hopper_tiles_of_prompts(spec, programs / gpu.sms, keys, splits)
 
     def promising(self, spec: KernelSpec, defaults: list[DecodeConfig]) -> list[DecodeConfig]:
         default = defaults[0]
@@ -182,6 +182,8 @@ class DecodeOp(CacheOp):
 
     def splits_wanted(self, spec: KernelSpec, programs: int, keys: int, gpu: Gpu) -> int:
         """From an H200's fastest at 272 places with Triton 3.6 and 3.9, relative to its multiprocessors."""
+        if not _is_like_measured(spec, gpu):
+            return super().splits_wanted(spec, programs, keys, gpu)
         narrow, per_sm = spec.head_dim <= 64, programs / gpu.sms
         if per_sm > 0.75 or (narrow and keys <= 128):
             return 1  # a few warps more hide the latency of a program's loads, and there is nothing to merge
@@ -190,7 +192,7 @@ class DecodeOp(CacheOp):
             waves, least_keys = 4, 32 if keys <= (1024 if per_sm < 0.1 else 512) else 64
         elif per_sm > 0.35:
             waves, least_keys = 4, 64
-        return max(1, min(int(waves / per_sm), 64, max(32, int(1 / per_sm)), keys // least_keys))
+        return max(1, min(waves * gpu.sms // programs, 64, max(32, gpu.sms // programs), keys // least_keys))
 
     def merge_of(self, spec: KernelSpec, splits: int, programs: int) -> str:
         # One program merges the states of several heads more slowly than a second kernel with a program per head.
@@ -199,7 +201,7 @@ class DecodeOp(CacheOp):
     def first_tiles(
         self, spec: KernelSpec, block_h: int, programs: int, keys: int, splits: int, gpu: Gpu
     ) -> list[tuple[int, int, int, int]]:
-        if spec.cache_dtype or spec.bytes_per_element != 2 or spec.head_dim > 128 or keys < 64 or not gpu.has_wgmma:
+        if keys < 64 or not _is_like_measured(spec, gpu):
             return []
         # At the same places. Programs that have a multiprocessor to themselves need large blocks to keep it busy.
         narrow, per_sm = spec.head_dim <= 64, programs / gpu.sms
@@ -262,6 +264,11 @@ class DecodeOp(CacheOp):
         return f"_kv{bucket.seqlen_kv}"
 
 
+def _is_like_measured(spec: KernelSpec, gpu: Gpu) -> bool:
+    """Whether defaults that an H200's times decided hold: with asynchronous matmuls, in 16 bits, up to head_dim 128."""
+    return gpu.has_wgmma and spec.bytes_per_element == 2 and not spec.cache_dtype and spec.head_dim <= 128
+
+
 def _half_empty(spec: KernelSpec, block_h: int) -> bool:
     """Whether half of a tile's rows or more are padding, although a smaller BLOCK_H exists: 8 is the smallest."""
     return block_h > 8 and block_h >= 2 * spec.group and not spec.multi_token
@@ -277,8 +284,6 @@ def _hopper_tiles_of_prompts(
 
     programs_per_sm  with tiles of 64 rows, unsplit
     """
-    if spec.head_dim > 128 or spec.bytes_per_element != 2 or spec.cache_dtype:
-        return []
     if splits > 1:
         return [(128, 32, 4, 3) if spec.batch_invariant and spec.head_dim <= 64 else (128, 64, 8, 3)]
     if programs_per_sm < (4 if spec.head_dim <= 64 else 0.75) and not spec.window:
