@@ -158,6 +158,8 @@ def _exported(spec: KernelSpec, place: Place, choice: CheckedChoice, origins: Or
     if record.place != place:
         owner += f", measured on {record.place.gpu}"
         owner += f" at {record.place.bucket}" if record.place.bucket != place.bucket else ""
+    if choice.candidate.supports_default:
+        owner = f"the default config, by {owner}"
     timed = f"{time_and_rate(place.spec, shape_of(record), record.time_us)} at {shape_of(record)}"
     parts = [owner, record.source, record.created_at, timed]
     if differences := differences_from_here(record):

@@ -242,7 +242,7 @@ def test_explain_ignores_other_buckets(store: Store) -> None:
     )
 
 
-def test_explain_a_near_bucket(store: Store) -> None:
+def test_explain_a_near_bucket(store: Store, tmp_path: Path) -> None:
     near = dataclasses.replace(PLACE, bucket=Bucket(256, 1, 16384))
     default = default_config(SPEC, Shape(32, 32, 8, 1, 8192), H200)
     for us, warps in ((50.0, 2), (51.0, 1), (60.0, 4)):
@@ -258,6 +258,8 @@ def test_explain_a_near_bucket(store: Store) -> None:
     text = run("explain", *CALL).stdout
     best = f"the default, at most 3% slower than the fastest config measured with {Toolchain.here()}"
     assert f"{best} at batch x kv_heads 256, seqlen 1x16384; no usable record" in text
+    exported = " ".join(run("export", *CALL, "-o", tmp_path / "kernels").stdout.split())
+    assert "the default config, by your record, measured on h200 at batch x kv_heads 256, seqlen 1x16384;" in exported
 
 
 def test_explain_a_record_that_spills_here(store: Store) -> None:
