@@ -45,7 +45,8 @@ NOT_RUN = (
 
 # Python that runs before a block, in the page's namespace.
 STAND_INS = {
-    "one rank": "import torch, torch.distributed as dist\n"
+    # Threads of gloo that still run when Python exits may abort it.
+    "one rank": "import atexit, torch, torch.distributed as dist\natexit.register(dist.destroy_process_group)\n"
     + "dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo',\n"
     + "    init_method='file://' + __file__ + '.ranks', rank=0, world_size=1)\n",
     "Triton's interpreter": "import os, torch\n"

@@ -174,11 +174,10 @@ def test_arguments_that_the_kernel_was_not_compiled_for_are_refused(
 def test_the_command_writes_the_files_and_names_them(folder: Path) -> None:
     name = "decode_d64_bf16_g2_rows8_kv128"
     files = {path.name for path in (folder / "command").iterdir()}
-    assert files == {
-        "README.md", f"{name}.py", f"{name}.h", f"{name}.json", f"{name}_main.c", f"{name}.decode_kernel.cubin"
-    }  # fmt: skip
+    cubins = [f"{name}.{kernel}.cubin" for kernel in ("decode_kernel", "merge_kernel")]
+    assert files == {"README.md", f"{name}.py", f"{name}.h", f"{name}.json", f"{name}_main.c", *cubins}
     readme = (folder / "command" / "README.md").read_text(encoding="utf-8")
-    assert f"- for C: {name}.h, {name}.json, {name}_main.c, {name}.decode_kernel.cubin\n" in readme
+    assert f"- for C: {', '.join([f'{name}.h', f'{name}.json', f'{name}_main.c', *cubins])}\n" in readme
     described = json.loads((folder / "command" / f"{name}.json").read_text(encoding="utf-8"))
     assert described["arch"] == "sm_89"
     assert described["tensors"]["k_cache"]["shape"] == [3, 100, 2, 64]  # the sizes that were asked for

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from parallax_gen.memory.calls import Kernel
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.ranking import RecordTable, default_of, evidence_of
 from parallax_gen.memory.result import Result
+from parallax_gen.ops.base import KernelConfig
 from parallax_gen.problem.hardware import GPUS
 from parallax_gen.problem.shapes import Bucket
 from parallax_gen.problem.spec import KernelSpec
@@ -25,9 +28,9 @@ DECODE = KernelSpec("decode", 128, "bf16", group=4), Bucket(64, 1, 8192)
 LONGER = DECODE[0], Bucket(64, 1, 16384)
 
 
-def measured(kernel: Kernel, time_us: float, gpu: str = "h200") -> Result:
+def measured(kernel: Kernel, time_us: float, gpu: str = "h200", config: KernelConfig | None = None) -> Result:
     place = Place(gpu, *kernel)
-    config = default_of(place, GPUS[gpu])
+    config = config or default_of(place, GPUS[gpu])
     return Result(place, evidence_of(render(place.spec, config, GPUS[gpu])), config, "ok", time_us=time_us)
 
 
@@ -50,9 +53,12 @@ def test_a_sibling_cards_time_counts_and_another_buckets_does_not() -> None:
     counts = {FORWARD: 1, DECODE: 1}
     shares = plan(counts, measured(FORWARD, 30.0, "h100"), measured(DECODE, 10.0)).shares
     assert shares[Place("h200", *FORWARD)] == 0.75
-    borrowed = plan(counts, measured(FORWARD, 30.0), measured(LONGER, 1e6))
-    assert borrowed.choices[Place("h200", *DECODE)].candidate.record is not None
-    assert borrowed.shares == plan(counts, measured(FORWARD, 30.0)).shares
+    default: Any = default_of(Place("h200", *DECODE), GPUS["h200"])
+    others = [replace(default, num_stages=stages) for stages in (2, 3, 5) if stages != default.num_stages][:2]
+    near = [measured(LONGER, 1e6 + n, config=config) for n, config in enumerate((default, *others))]
+    supported = plan(counts, measured(FORWARD, 30.0), *near)
+    assert supported.choices[Place("h200", *DECODE)].candidate.record == near[0]
+    assert supported.shares == plan(counts, measured(FORWARD, 30.0)).shares
 
 
 @pytest.mark.parametrize("kernel", [FORWARD, DECODE, LONGER])

@@ -67,7 +67,7 @@ def test_the_best_of_every_kind_of_evidence_is_timed_again(store: Store, tmp_pat
         record(OTHERS[4], 2.0, near),
         record(OTHERS[5], 0.5, **OTHER_KERNEL),
     )
-    assert refresh_configs(JOB, memory) == [OTHERS[0], DEFAULT, OTHERS[1], OTHERS[3], OTHERS[4], OTHERS[5]]
+    assert refresh_configs(JOB, memory) == [OTHERS[0], DEFAULT, OTHERS[1], OTHERS[3], OTHERS[5], OTHERS[4]]
     assert MAX_REFRESHED == 6
 
 
