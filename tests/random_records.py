@@ -58,7 +58,7 @@ def random_kernel_configs(draw: random.Random) -> dict[KernelSpec, list[KernelCo
 
 
 def random_support(draw: random.Random, place: Place, card: Gpu) -> list[Result]:
-    """A search at a near bucket: today's default, in half of them up to 3 % slower than the fastest, and two others."""
+    """A search at a near bucket: today's default, in two of three at most 3 % slower than the best, and two others."""
     near, default = draw.choice(near_places(place, card)), default_of(place, card)
     others = (random_config(draw, place.spec) for _ in range(1000))
     configs = [config for config in others if why_invalid(place.spec, config, card) is None and config != default][:2]

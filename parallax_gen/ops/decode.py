@@ -130,7 +130,7 @@ class CacheOp(Op[DecodeConfig]):
         self, spec: KernelSpec, block_h: int, programs: int, keys: int, splits: int, gpu: Gpu
     ) -> list[tuple[int, int, int, int]]:
         """Tiles as in `_default_tiles` that go first. programs: without splits; keys: those attended to."""
-        if block_h < 64 or not _is_like_measured(spec, gpu):
+        if block_h < 64 or not _defaults_were_timed(spec, gpu):
             return []
         return _hopper_tiles_of_prompts(spec, programs / gpu.sms, keys, splits)
 
@@ -182,7 +182,7 @@ class DecodeOp(CacheOp):
 
     def splits_wanted(self, spec: KernelSpec, programs: int, keys: int, gpu: Gpu) -> int:
         """From an H200's fastest at 272 places with Triton 3.6 and 3.9, relative to its multiprocessors."""
-        if not _is_like_measured(spec, gpu):
+        if not _defaults_were_timed(spec, gpu):
             return super().splits_wanted(spec, programs, keys, gpu)
         narrow, per_sm = spec.head_dim <= 64, programs / gpu.sms
         if per_sm > 0.75 or (narrow and keys <= 128):
@@ -201,7 +201,7 @@ class DecodeOp(CacheOp):
     def first_tiles(
         self, spec: KernelSpec, block_h: int, programs: int, keys: int, splits: int, gpu: Gpu
     ) -> list[tuple[int, int, int, int]]:
-        if keys < 64 or not _is_like_measured(spec, gpu):
+        if keys < 64 or not _defaults_were_timed(spec, gpu):
             return []
         # At the same places. Programs that have a multiprocessor to themselves need large blocks to keep it busy.
         narrow, per_sm = spec.head_dim <= 64, programs / gpu.sms
@@ -264,8 +264,8 @@ class DecodeOp(CacheOp):
         return f"_kv{bucket.seqlen_kv}"
 
 
-def _is_like_measured(spec: KernelSpec, gpu: Gpu) -> bool:
-    """Whether defaults that an H200's times decided hold: with asynchronous matmuls, in 16 bits, up to head_dim 128."""
+def _defaults_were_timed(spec: KernelSpec, gpu: Gpu) -> bool:
+    """Whether an H200's times decided the defaults: on Hopper, in 16 bits, up to head_dim 128."""
     return gpu.has_wgmma and spec.bytes_per_element == 2 and not spec.cache_dtype and spec.head_dim <= 128
 
 
