@@ -134,62 +134,43 @@ def shipped() -> str:
 
 # -- speedup.svg
 
-BAR, GAP, LABEL, UNIT, TOP = 15, 4, 150, 130, 56  # pixels; UNIT is the length of a ratio of 1
-PANEL = LABEL + int(2.05 * UNIT)
-COLOURS = {"H200": "#2f6f4f", "H100": "#8fbf9f"}
+BAR, GAP, LABEL, UNIT, TOP = 15, 4, 150, 115, 56  # pixels; UNIT is the length of a ratio of 1
+PANEL = LABEL + int(2.4 * UNIT)
+COLOUR = "#2f6f4f"
 
 
 def chart() -> str:
     """How many times as long parallax-kernel takes: training steps, and decode."""
-    steps = {card: ratios(f"training_{card.lower()}", "parallax-kernel step, ms", "step, ms") for card in COLOURS}
-    training = [
-        (shape, [(card, of[shape]) for card, of in steps.items()])
-        for shape in steps["H200"]
-        if shape in steps["H100"] and "window" not in shape
-    ]
-    times = ratios("decode_h200", "parallax-kernel CuTeDSL, µs", "parallax_gen, µs")
-    decode = [(shape, [("H200", ratio)]) for shape, ratio in times.items()]
+    training = ratios("training_h200", "parallax-kernel step, ms", "step, ms")
+    decode = ratios("serving_h200", "parallax-kernel CuTeDSL, µs", "parallax_gen, µs")
     left, height = panel(0, "Training step, causal: batch, heads, seqlen, head_dim", training)
-    right, other = panel(PANEL + 30, "Decode, one query: batch, heads, keys, head_dim", decode)
-    width, height = 2 * PANEL + 30, max(height, other) + 30
-    foot = text(8, height - 10, "* with a footnote in docs/figures.md, such as a baseline without a CUDA graph")
+    right, other = panel(PANEL + 30, "Decode, one query, head_dim 128: batch, heads, keys", decode)
+    width, height = 2 * PANEL + 30, max(height, other) + 10
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         text(8, 18, "Time of parallax-kernel over time of parallax_gen (more than 1: parallax_gen is faster)", "bold"),
     ]
-    for n, (card, colour) in enumerate(COLOURS.items()):
-        head.append(f'<rect x="{width - 150 + 75 * n}" y="8" width="12" height="12" fill="{colour}"/>')
-        head.append(text(width - 133 + 75 * n, 18, card))
-    return "\n".join([*head, *left, *right, foot, "</svg>"]) + "\n"
+    return "\n".join([*head, *left, *right, "</svg>"]) + "\n"
 
 
-Ratio = tuple[float, str]  # and the mark of a row that has footnotes
-
-
-def ratios(name: str, theirs: str, ours: str) -> dict[str, Ratio]:
+def ratios(name: str, theirs: str, ours: str) -> dict[str, float]:
     """The shape -> their time over ours, of the rows that have both."""
     rows = rows_of(name)
     shape = next(iter(rows[0]))
-    both = [row for row in rows if row[theirs]]
-    return {
-        row[shape]: (float(row[theirs]) / float(row[ours]), "*" if "parallax-kernel" in row["note"] else "")
-        for row in both
-    }
+    return {row[shape]: float(row[theirs]) / float(row[ours]) for row in rows if row[theirs]}
 
 
-def panel(x: int, title: str, groups: list[tuple[str, list[tuple[str, Ratio]]]]) -> tuple[list[str], int]:
+def panel(x: int, title: str, bars: dict[str, float]) -> tuple[list[str], int]:
     """The lines of a bar chart, and where it ends."""
     lines, y, zero = [text(x + 8, 42, title)], TOP, x + LABEL
-    for label, bars in groups:
-        lines.append(text(zero - 6, y + len(bars) * BAR // 2 + 4, label, anchor="end"))
-        for card, (ratio, mark) in bars:
-            length = round(ratio * UNIT)
-            lines.append(f'<rect x="{zero}" y="{y}" width="{length}" height="{BAR - 2}" fill="{COLOURS[card]}"/>')
-            lines.append(text(zero + length + 4, y + 11, f"{ratio:.2f}{mark}"))
-            y += BAR
-        y += GAP
+    for label, ratio in bars.items():
+        length = round(ratio * UNIT)
+        lines.append(text(zero - 6, y + 11, label, anchor="end"))
+        lines.append(f'<rect x="{zero}" y="{y}" width="{length}" height="{BAR - 2}" fill="{COLOUR}"/>')
+        lines.append(text(zero + length + 4, y + 11, f"{ratio:.2f}"))
+        y += BAR + GAP
     at = zero + UNIT
     lines.append(f'<line x1="{at}" x2="{at}" y1="{TOP - 4}" y2="{y}" stroke="black" stroke-dasharray="3 3"/>')
     return lines, y

@@ -6,7 +6,6 @@ They were measured on the cards that they name, by `parallax-gen bench`; docs/fi
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import geometric_mean
@@ -19,8 +18,6 @@ Row = dict[str, str]
 
 # Op -> the column of our time, and how the columns of other kernels' times end.
 TIMES = {TRAINING: ("step, ms", " step, ms"), "decode": ("parallax_gen, µs", ", µs")}
-MEAN, LEAST = " / ours, mean", " / ours, least"  # the columns of a table that has a row for each grid of shapes
-FULL_NAMES = {"CuTeDSL": "parallax-kernel CuTeDSL", "faster SDPA": "the faster SDPA (softmax)"}
 CHANGED = "no longer rendered"  # in the note of a row: the kernel has changed since
 
 
@@ -53,27 +50,13 @@ def _of_file(gpu: str, op: str) -> Iterator[Published]:
         return
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    names = list(rows[0])
     ours, ending = TIMES[op]
-    if ours in names:
-        columns = {name.removesuffix(ending): name for name in names if name.endswith(ending) and name != ours}
-    else:
-        columns = {name.removesuffix(MEAN): name for name in names if name.endswith(MEAN)}
-    for name, column in columns.items():
-        timed = [row for row in rows if row[column]]
-        if ours in names:
+    for column in rows[0]:
+        if column.endswith(ending) and column != ours:
+            timed = [row for row in rows if row[column]]
             ratios = [float(row[column]) / float(row[ours]) for row in timed]
             mean = Mean(geometric_mean(ratios), min(ratios), len(ratios))
-        else:
-            mean = _mean_of_grids(name, timed)
-        yield Published(gpu, op, FULL_NAMES.get(name, name), mean, _conditions(rows[0]), _changed(timed))
-
-
-def _mean_of_grids(name: str, rows: list[Row]) -> Mean:
-    """The geometric mean over the shapes of all grids, from that of each grid."""
-    counts = [int(row["shapes"]) for row in rows]
-    logs = sum(count * math.log(float(row[name + MEAN])) for count, row in zip(counts, rows, strict=True))
-    return Mean(math.exp(logs / sum(counts)), min(float(row[name + LEAST]) for row in rows), sum(counts))
+            yield Published(gpu, op, column.removesuffix(ending), mean, _conditions(rows[0]), _changed(timed))
 
 
 def _conditions(row: Row) -> str:
