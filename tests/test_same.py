@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import same_questions as questions
 import same_samples as same
 from click.testing import CliRunner
 
@@ -19,12 +20,12 @@ SHOWN_DIFFERENCES = 5  # at most this many differing lines are shown
 RESULTS = same.FOLDER / "results.jsonl"
 
 
-def difference(topic: str, before: same.Json, now: same.Json) -> list[str]:
+def difference(topic: str, before: questions.Json, now: questions.Json) -> list[str]:
     """The differences between two answers, field by field where both have fields."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         return [line for name in names for line in difference(f"{topic}.{name}", before.get(name), now.get(name))]
-    return [f"  {topic} was {same.text(before)}", f"  {topic} is  {same.text(now)}"]
+    return [f"  {topic} was {questions.text(before)}", f"  {topic} is  {questions.text(now)}"]
 
 
 def test_a_difference_names_what_differs() -> None:
@@ -40,11 +41,11 @@ def test_answers_are_the_same(topic: str) -> None:
     lines, wrong = same.lines_of(topic), []
     for question, before in lines:
         now = answer(question)
-        if same.text(now) != same.text(before):  # the order of fields matters
-            message = difference(topic, before, json.loads(same.text(now))) or [
-                f"  the order of fields: {same.text(now)}"
+        if questions.text(now) != questions.text(before):  # the order of fields matters
+            message = difference(topic, before, json.loads(questions.text(now))) or [
+                f"  the order of fields: {questions.text(now)}"
             ]
-            wrong.append("\n".join([same.text(question), *message]))
+            wrong.append("\n".join([questions.text(question), *message]))
     shown = "\n".join(wrong[:SHOWN_DIFFERENCES])
     assert not wrong, f"{len(wrong)} of {len(lines)} answers differ, such as\n{shown}"
 
@@ -56,9 +57,9 @@ def test_every_kind_and_flag_is_asked_for(topic: str) -> None:
         result.setdefault("ragged" if stored.get("ragged") else stored["op"], set()).update(stored)
     of_tiles = {"causal", "window", "varlen"}
     expected = {"forward": of_tiles | {"stats"}, "preprocess": {"varlen"}, "dkdv": of_tiles, "dqdr": of_tiles}
-    expected |= {"decode": set(), "ragged": set(same.ORDER)}
+    expected |= {"decode": set(), "ragged": set(questions.ORDER)}
     assert set(result) == set(expected)
-    assert {kind: flags & set(same.ORDER) for kind, flags in result.items()} == expected
+    assert {kind: flags & set(questions.ORDER) for kind, flags in result.items()} == expected
 
 
 def test_an_export_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +68,7 @@ def test_an_export_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "tuning.db"
     monkeypatch.setenv("PARALLAX_GEN_DB", str(path))
     with same.Store(path) as store:
-        for line in sorted(expected, key=lambda line: same.by_chance(line.decode())):
+        for line in sorted(expected, key=lambda line: questions.by_chance(line.decode())):
             store.save(same.from_line(line))
     assert exported() == expected
     of_decode = [line for line in expected if b'"gpu": "h100"' in line and b'"spec.op": "decode"' in line]
@@ -87,7 +88,7 @@ def test_lines_of_431f796_are_read() -> None:
     """With the same content in today's form. Their kernels are no longer rendered."""
     expected = same.lines_of("of_431f796_today")
     assert len(expected) == 19
-    assert [same.text([*line]) for line in same.of_before()] == [same.text([*line]) for line in expected]
+    assert [questions.text([*line]) for line in same.of_before()] == [questions.text([*line]) for line in expected]
     assert {counts for counts, _ in expected} == {False}
 
 
@@ -96,12 +97,12 @@ def test_a_database_of_431f796_is_read(tmp_path: Path) -> None:
     path = tmp_path / "tuning.db"
     shutil.copy(same.FOLDER / "of_431f796.db", path)
     before = path.read_bytes()
-    expected = sorted(same.text(result) for _, result in same.lines_of("of_431f796_today"))
+    expected = sorted(questions.text(result) for _, result in same.lines_of("of_431f796_today"))
     with same.Store(path, read_only=True) as store:
-        assert sorted(same.text(result.to_dict()) for result in store.all()) == expected
+        assert sorted(questions.text(result.to_dict()) for result in store.all()) == expected
     assert path.read_bytes() == before
     with same.Store(path) as store:
-        assert sorted(same.text(result.to_dict()) for result in store.all()) == expected
+        assert sorted(questions.text(result.to_dict()) for result in store.all()) == expected
         assert (store.problems(), store.unreadable) == ([], 0)
 
 
