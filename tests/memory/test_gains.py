@@ -26,10 +26,6 @@ PLACE = Place(GPU.name, KernelSpec("forward", 128, "bf16", causal=True), Bucket(
 DEFAULT = default_of(PLACE, GPU)
 OTHER_KERNEL = {"kernel": "f" * 32, "text": "f" * 32}
 
-# Shipped places without a time of today's default: they were tuned before that time was stored with the best one.
-# Tuning a card again lowers the number. Lower it here, too; never raise it.
-WITHOUT_DEFAULT = {"h100": 300, "h200": 0}
-
 
 def other_config(together: int = 2) -> KernelConfig:
     assert isinstance(DEFAULT, ForwardConfig)
@@ -121,5 +117,4 @@ def test_no_shipped_record_is_slower_than_the_default(path: Path) -> None:
     result = comparisons_of(load_shipped(path.stem), GPUS[path.stem])
     assert [(s.place, s.chosen.config, s.gain) for s in result if s.is_slower_than_default] == []
     timed_default = {s.place for s in result if s.default is not None}
-    without = {s.place for s in result} - timed_default
-    assert len(without) <= WITHOUT_DEFAULT.get(path.stem, 0), "ship the default's time beside the best"
+    assert {s.place for s in result} - timed_default == set(), "ship the default's time beside the best"
