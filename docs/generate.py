@@ -6,9 +6,10 @@ docs/figures/, release.md from the shipped records, too.
 They go to FOLDER, by default docs/. README.md, whose table of cards is written from the table of GPUs and the shipped
 records, goes to FOLDER too, by default to where it is.
 
-docs/figures/page.md is the text of figures.md. A line {{NAME}} in it becomes the table of NAME.csv. The columns `card`,
-`torch`, `Triton` and `date` of a CSV are the same in every row and become the line above the table; `note` becomes
-footnotes at its row, which `; ` separates. docs/figures/release.md is the text of release.md, likewise.
+docs/figures/page.md is the text of figures.md. A line {{NAME}} in it becomes the table of NAME.csv, {{NAME WORDS}} one
+that DERIVED computes from it. The columns `card`, `torch`, `Triton` and `date` of a CSV are the same in every row and
+become the line above the table; `note` becomes footnotes at its row, which `; ` separates. docs/figures/release.md is
+the text of release.md, likewise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import geometric_mean
 from xml.sax.saxutils import escape
 
 import click
@@ -67,12 +69,53 @@ def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str,
 
 def figures_page() -> str:
     text = (FIGURES / "page.md").read_text(encoding="utf-8")
-    return re.sub(r"^\{\{(\w+)\}\}$", lambda name: table(rows_of(name[1])), text, flags=re.MULTILINE)
+    return re.sub(r"^\{\{(.*)\}\}$", lambda line: table(derived(line[1])), text, flags=re.MULTILINE)
 
 
 def rows_of(name: str) -> list[Row]:
     with (FIGURES / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def derived(name: str) -> list[Row]:
+    """The rows of a line of the page: of a CSV, or computed from one."""
+    rows = rows_of(name.split()[0])
+    return DERIVED[name](rows) if " " in name else rows
+
+
+def by_grid(rows: list[Row]) -> list[Row]:
+    """How parallax-kernel and the faster SDPA compare with ours, for each grid of decode's shapes and each head_dim."""
+    groups = defaultdict[str, list[Row]](list)
+    for row in rows:
+        groups[f"{row['grid']}, head_dim {row[SHAPE].split(', ')[-1]}"].append(row)
+    return [grid_summary(name, of) | {column: of[0][column] for column in CONDITIONS} for name, of in groups.items()]
+
+
+def grid_summary(name: str, rows: list[Row]) -> Row:
+    cutedsl = [float(row[CUTEDSL]) / float(row[OURS]) for row in rows]
+    sdpa = [min(float(row[softmax]) for softmax in SDPA) / float(row[OURS]) for row in rows]
+    return {
+        "grid": name,
+        "shapes": str(len(rows)),
+        "CuTeDSL / ours, mean": f"{geometric_mean(cutedsl):.2f}",
+        "CuTeDSL / ours, least": f"{min(cutedsl):.2f}",
+        "faster SDPA / ours, mean": f"{geometric_mean(sdpa):.2f}",
+        "faster SDPA / ours, least": f"{min(sdpa):.2f}",
+        "ours no slower than SDPA": str(sum(ratio >= 1 for ratio in sdpa)),
+        "or by up to 3 %": str(sum(ratio >= 1 / 1.03 for ratio in sdpa)),
+        "note": "",
+    }
+
+
+def of_the_whole_model(rows: list[Row]) -> list[Row]:
+    """The serving grid's shapes that are not split over GPUs."""
+    whole = [row for row in rows if row["grid"] == "serving" and " 32/8, " in row[SHAPE]]
+    return [{column: value for column, value in row.items() if column != "grid"} for row in whole]
+
+
+SHAPE, OURS, CUTEDSL = "batch, heads, keys, head_dim", "parallax_gen, µs", "parallax-kernel CuTeDSL, µs"
+SDPA = ("SDPA cuDNN (softmax), µs", "SDPA flash (softmax), µs")
+DERIVED = {"decode_h200 by grid": by_grid, "decode_h200 of the whole model": of_the_whole_model}
 
 
 def table(rows: list[Row]) -> str:
@@ -141,10 +184,12 @@ COLOUR = "#2f6f4f"
 
 def chart() -> str:
     """How many times as long parallax-kernel takes: training steps, and decode."""
-    training = ratios("training_h200", "parallax-kernel step, ms", "step, ms")
-    decode = ratios("serving_h200", "parallax-kernel CuTeDSL, µs", "parallax_gen, µs")
+    training = ratios(
+        rows_of("training_h200"), "batch, heads, seqlen, head_dim", "parallax-kernel step, ms", "step, ms"
+    )
+    decode = ratios(of_the_whole_model(rows_of("decode_h200")), SHAPE, CUTEDSL, OURS)
     left, height = panel(0, "Training step, causal: batch, heads, seqlen, head_dim", training)
-    right, other = panel(PANEL + 30, "Decode, one query, head_dim 128: batch, heads, keys", decode)
+    right, other = panel(PANEL + 30, "Decode, one query: batch, heads, keys, head_dim", decode)
     width, height = 2 * PANEL + 30, max(height, other) + 10
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -155,10 +200,8 @@ def chart() -> str:
     return "\n".join([*head, *left, *right, "</svg>"]) + "\n"
 
 
-def ratios(name: str, theirs: str, ours: str) -> dict[str, float]:
+def ratios(rows: list[Row], shape: str, theirs: str, ours: str) -> dict[str, float]:
     """The shape -> their time over ours, of the rows that have both."""
-    rows = rows_of(name)
-    shape = next(iter(rows[0]))
     return {row[shape]: float(row[theirs]) / float(row[ours]) for row in rows if row[theirs]}
 
 

@@ -52,8 +52,8 @@ def _of_file(gpu: str, op: str) -> Iterator[Published]:
         rows = list(csv.DictReader(file))
     ours, ending = TIMES[op]
     for column in rows[0]:
-        if column.endswith(ending) and column != ours:
-            timed = [row for row in rows if row[column]]
+        timed = [row for row in rows if row[column]]
+        if timed and column.endswith(ending) and column != ours:
             ratios = [float(row[column]) / float(row[ours]) for row in timed]
             mean = Mean(geometric_mean(ratios), min(ratios), len(ratios))
             yield Published(gpu, op, column.removesuffix(ending), mean, _conditions(rows[0]), _changed(timed))
