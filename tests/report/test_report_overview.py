@@ -121,14 +121,15 @@ def test_published_means_are_those_of_the_figures() -> None:
 
 
 def test_published_times_of_changed_kernels_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = '"batch, heads","parallax_gen, µs","fla, µs",note,card,torch,Triton,date\n'
+    """A column without times is left out."""
+    head = '"batch, heads","parallax_gen, µs","fla, µs","SDPA, µs",note,card,torch,Triton,date\n'
     monkeypatch.setattr("parallax_gen.report.published.data_dir", lambda name: tmp_path)
     for notes, expected in (
         (("", ""), ""),
         (("no longer rendered", ""), "some"),
         (("is no longer rendered: x",) * 2, "all"),
     ):
-        lines = [f'"1, {n}",2.0,{4.0 + 4 * n},{note},H200,,3.6,2026-01-01\n' for n, note in enumerate(notes)]
+        lines = [f'"1, {n}",2.0,{4.0 + 4 * n},,{note},H200,,3.6,2026-01-01\n' for n, note in enumerate(notes)]
         (tmp_path / "decode_h200.csv").write_text(head + "".join(lines), encoding="utf-8")
         (found,) = published(["h200"])
         assert found.changed == expected
