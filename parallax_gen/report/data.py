@@ -174,19 +174,19 @@ class Report:
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """The mean times of other kernels by card and op: from the bench files, else the published ones."""
+        """The mean times of other kernels by card and op: from the bench files, else the published ones, by Triton."""
         bars: dict[tuple[str, str], list[Bar]] = {}
         for (gpu, op, part, baseline), mean in self.means.items():
             if part in (op, "step"):  # a step's parts are in the section below
                 bars.setdefault((gpu, op), []).append(Bar(baseline, mean))
         measured = [Comparison(gpu, op, tuple(of), "") for (gpu, op), of in bars.items()]
-        groups: dict[tuple[str, str], list[Published]] = {}
+        groups: dict[tuple[str, str, str], list[Published]] = {}
         for row in self.published:
             if (row.gpu, row.op) not in bars:
-                groups.setdefault((row.gpu, row.op), []).append(row)
+                groups.setdefault((row.gpu, row.op, row.conditions), []).append(row)
         return measured + [
-            Comparison(gpu, op, tuple(Bar(r.baseline, r.ratio) for r in rows), rows[0].conditions, _changed(rows))
-            for (gpu, op), rows in groups.items()
+            Comparison(gpu, op, tuple(Bar(r.baseline, r.ratio) for r in rows), conditions, _changed(rows))
+            for (gpu, op, conditions), rows in groups.items()
         ]
 
     def summary(self) -> dict[str, dict[str, tuple[Counter[str], float | None]]]:

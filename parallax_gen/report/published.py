@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import geometric_mean
 
 from parallax_gen.bench.summary import Mean
@@ -39,14 +40,13 @@ class Published:
 
 def published(gpus: Iterable[str]) -> list[Published]:
     """The published comparisons of these cards, op by op. Raises ParallaxGenError if the CSVs are missing."""
-    return [found for gpu in gpus for op in TIMES for found in _of_file(gpu, op)]
+    files = sorted(data_dir("figures").glob("*.csv"))
+    return [found for gpu in gpus for op in TIMES for path in files for found in _of_file(path, gpu, op)]
 
 
-def _of_file(gpu: str, op: str) -> Iterator[Published]:
-    # A card outside the table may have any name; only these files exist.
-    files = {path.name: path for path in data_dir("figures").glob("*.csv")}
-    path = files.get(f"{op}_{gpu}.csv")
-    if path is None:
+def _of_file(path: Path, gpu: str, op: str) -> Iterator[Published]:
+    """The comparisons in OP_GPU.csv, or in OP_GPU_triton39.csv, of another Triton; none if it is neither."""
+    if path.stem.partition("_triton")[0] != f"{op}_{gpu}":
         return
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -111,6 +111,8 @@ def test_a_cards_speed_is_that_of_todays_kernels(store: Store) -> None:
 def test_published_means_are_those_of_the_figures() -> None:
     """docs/figures.md has 1.89 for 105 shapes, 1.60 for 102 and 1.62 for 80, and 1.30 as the least."""
     found = {(p.op, p.baseline): p for p in published(["h200"])}
+    of_training = {p.conditions.split(", ")[1] for p in published(["h200"]) if p.op == "training"}
+    assert of_training == {"Triton 3.6.0", "Triton 3.9.0"}
     decode = found["decode", "parallax-kernel CuTeDSL"]
     logs = 105 * math.log(1.89) + 102 * math.log(1.60) + 80 * math.log(1.62)
     assert decode.ratio.mean == pytest.approx(math.exp(logs / 287), abs=0.005)
