@@ -66,6 +66,10 @@ def helps(command: click.Command, context: click.Context) -> Iterator[tuple[str,
 
 # -- figures.md
 
+# Columns of decode_h200.csv.
+SHAPE, OURS, CUTEDSL = "batch, heads, keys, head_dim", "parallax_gen, µs", "parallax-kernel CuTeDSL, µs"
+SDPA = ("SDPA cuDNN (softmax), µs", "SDPA flash (softmax), µs")
+
 
 def figures_page() -> str:
     text = (FIGURES / "page.md").read_text(encoding="utf-8")
@@ -113,8 +117,6 @@ def of_the_whole_model(rows: list[Row]) -> list[Row]:
     return [{column: value for column, value in row.items() if column != "grid"} for row in whole]
 
 
-SHAPE, OURS, CUTEDSL = "batch, heads, keys, head_dim", "parallax_gen, µs", "parallax-kernel CuTeDSL, µs"
-SDPA = ("SDPA cuDNN (softmax), µs", "SDPA flash (softmax), µs")
 DERIVED = {"decode_h200 by grid": by_grid, "decode_h200 of the whole model": of_the_whole_model}
 
 

@@ -27,6 +27,7 @@ from parallax_gen.codegen.render import text_hash_of
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.shipped import load_shipped, shipped_gpus
 from parallax_gen.problem.hardware import GPUS
+from parallax_gen.report.published import published
 
 TOP = Path(__file__).parents[1]
 PAGES = sorted([TOP / "README.md", TOP / "CONTRIBUTING.md", *(TOP / "docs").glob("*.md")])
@@ -317,6 +318,17 @@ def test_every_csv_of_figures_is_on_the_page() -> None:
     folder = TOP / "docs" / "figures"
     used = re.findall(r"^\{\{(\w+)\}\}$", (folder / "page.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert sorted(used) == sorted(path.stem for path in folder.glob("*.csv"))
+
+
+def test_the_readme_has_the_figures_of_the_chart_and_of_decode() -> None:
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    panels = (TOP / "docs" / "speedup.svg").read_text(encoding="utf-8").split("Decode, one query")
+    training, decode = (re.findall(r">(\d\.\d\d)<", panel) for panel in panels)
+    assert f"Training steps: {min(training)} to {max(training)}." in text
+    assert f"query heads over 8 kv heads: {min(decode)} to {max(decode)}." in text
+    (cutedsl,) = (p.ratio for p in published(["h200"]) if p.baseline == "parallax-kernel CuTeDSL")
+    assert f"Over {cutedsl.shapes} shapes of decode theirs take {cutedsl.mean:.2f} times as long" in text
+    assert f"in the geometric mean, {cutedsl.least:.2f} at least." in text
 
 
 def test_the_configuration_page_names_every_variable() -> None:

@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
 
-# Faults that must be detected: (kernel, original text, faulty text).
 FORWARD_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, stats=True), FORWARD)
 WINDOW_KERNEL = Kernel(KernelSpec("forward", 64, "fp16", group=2, causal=True, window=True), FORWARD)
 FIXED_REFERENCE_KERNEL = Kernel(replace(WINDOW_KERNEL.spec, dtype="bf16"), replace(FORWARD, SOFTMAX="fixed_reference"))
@@ -43,6 +42,7 @@ SOFTCAP_DECODE_KERNELS = {
     "8-bit caches": KernelSpec("decode_varlen", 64, "fp16", group=2, cache_dtype="e4m3", softcap=True),
     "prompts": KernelSpec("decode_varlen", 64, "fp16", 2, causal=True, multi_token=True, softcap=True),
 }
+# Faults that must be detected: (kernel, original text, faulty text).
 FAULTS = [
     pytest.param(SOFTCAP_KERNEL, "        s = _tanh(s * cap_scale)", "        s = s * cap_scale", id="no cap"),
     pytest.param(SOFTCAP_DKDV_KERNEL, " * slope", "", id="a cap without its derivative"),
