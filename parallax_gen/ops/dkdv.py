@@ -90,16 +90,17 @@ class DkDvOp(GradientOp[DkDvConfig]):
     def heads_in_l2(self, spec: KernelSpec, shape: Shape, gpu: Gpu) -> int:
         """The number of kv heads whose query rows fill half of L2: the tiles of a kv head all read them.
 
-        But up to 4 heads, if their tiles are at most two waves of two programs per multiprocessor: launching the
-        longest tiles first does not balance the load of fewer. On an H200 4 heads in place of 1 or 2 took 0.85 to 1.06
-        of the time with GQA 4:1 and 4096 or 8192 tokens, but 1.04 with head_dim 256.
+        But at least as many as have tiles for about a wave of two programs per multiprocessor, and up to 4 if their
+        tiles are at most two waves: launching the longest tiles first does not balance the load of fewer. On an H200
+        16 heads in place of 8 took 0.71 to 1.00 of the time with 1024 tokens, 8 in place of 4 took 0.61 to 1.00 with
+        2048, and 4 in place of 1 or 2 took 0.85 to 1.06 with GQA 4:1 and 4096 or 8192, but 1.04 with head_dim 256.
         """
         head_bytes = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
         in_l2 = max(1, gpu.l2_bytes // 2 // head_bytes)
         if spec.head_dim > 128:
             return in_l2
-        tiles_per_head, two_waves = -(-shape.seqlen_kv // 64), 2 * 2 * gpu.sms  # BLOCK_N is 64 by default
-        return max(in_l2, min(4, two_waves // tiles_per_head))
+        tiles_per_head, wave = -(-shape.seqlen_kv // 64), 2 * gpu.sms  # BLOCK_N is 64 by default
+        return max(in_l2, wave // tiles_per_head, min(4, 2 * wave // tiles_per_head))
 
     def tiles_on_hopper(self, spec: KernelSpec, layout: str, shape: Shape, few: bool) -> tuple[Tile, ...]:
         if spec.head_dim > 128 or layout == "padded":
