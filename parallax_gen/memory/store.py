@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any, NamedTuple
 
 import platformdirs
@@ -53,7 +54,7 @@ class Store:
 
     Any number of processes may have it open: each write is one short transaction in write-ahead mode, waits for
     its turn, and is durable once `save` returns. With read_only, a missing file is an empty database. Only the thread
-    that opened it may use it; any thread may use a read-only one, because autograd's threads dispatch kernels too.
+    that opened it may use it; any may use a read-only one, because autograd's threads dispatch kernels too.
     Raises StoreError if the file cannot be used, belongs to another program or has a newer schema, and unless it is
     read-only, if sqlite-utils is not installed, before the file is created or changed.
     """
@@ -62,6 +63,7 @@ class Store:
         self.path = default_path() if path is None else Path(path)
         self.read_only = read_only
         self._unreadable: set[tuple[object, ...]] = set()
+        self._turn = RLock()  # sqlite3 keeps statements: threads that execute the same one would share its rows
         with self._as_store_error(), ExitStack() as undo:
             if not read_only:
                 with tune_extra(f"writing the tuning database {self.path}", StoreError):
@@ -285,9 +287,10 @@ class Store:
 
     @contextmanager
     def _as_store_error(self) -> Iterator[None]:
-        """Turn errors of SQLite and the file system into a StoreError that names the file and what to do."""
+        """Turn errors of SQLite and the file system into a StoreError that names the file; threads take turns."""
         try:
-            yield
+            with self._turn:
+                yield
         except sqlite3.ProgrammingError:  # a bug of ours, such as reading a closed store
             raise
         except (sqlite3.OperationalError, OSError) as error:
@@ -371,8 +374,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     missing = mode == "mode=ro" and not path.exists()
     uri = "file::memory:" if missing else f"{path.absolute().as_uri()}?{mode}"
-    one_thread = mode == "mode=rwc"  # SQLite serialises reads of one connection, but transactions would mix
-    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=one_thread)
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=mode == "mode=rwc")
     connection.text_factory = _decode
     return connection
 

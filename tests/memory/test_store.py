@@ -10,9 +10,11 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forked import start as start_forked
@@ -285,6 +287,25 @@ def test_any_thread_may_read(store: Store, path: Path) -> None:
         assert actual == [50] * 40
         with pytest.raises(sqlite3.ProgrammingError, match="thread"):
             threads.submit(store.results, PLACE).result()
+
+
+def test_threads_that_read_take_turns(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they did not, one thread got the rows of another's statement, rarely, on a machine with many cores."""
+    store.save(result())
+    version, reading, most = Store._version, list[int](), 0
+
+    def slow_version(*arguments: Any) -> int:
+        nonlocal most
+        reading.append(1)
+        most = max(most, len(reading))
+        time.sleep(0.01)
+        reading.pop()
+        return version(*arguments)
+
+    with Store(path, read_only=True) as reader, ThreadPoolExecutor(4) as threads:
+        monkeypatch.setattr(Store, "_version", slow_version)
+        assert list(threads.map(lambda _: len(reader.results(PLACE)), range(8))) == [1] * 8
+    assert most == 1
 
 
 def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
