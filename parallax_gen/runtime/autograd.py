@@ -10,7 +10,6 @@ so a new length or packing makes no new graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -151,13 +150,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> tuple[Tensor | None, ...]:
     needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=False))
     dqdr, dkdv = needs["q"] or needs["r"], needs["k"] or needs["v"]
-    results: Sequence[Tensor] = ()
+    grads: dict[str, Tensor] = {}
     if do is not None:
         if operator is None:
             operator = _AttentionBackward.apply if transforms_backward(do) else _attention_backward
         saved, count = ctx.saved_tensors, len(TENSORS)
         results = operator(*saved[:count], *ctx.scalars, do, *saved[count:], dqdr, dkdv)
-    grads = dict(zip(gradients_of(dqdr, dkdv), results, strict=bool(results)))
+        grads = dict(zip(gradients_of(dqdr, dkdv), results, strict=True))
     return *map(grads.get, INPUTS), *[None] * (len(ctx.needs_input_grad) - len(INPUTS))
 
 
