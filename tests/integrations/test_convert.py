@@ -128,10 +128,15 @@ def test_hidden_states_are_still_recorded(name: str, tmp_path: Path) -> None:
 
 def test_r_proj_is_split_over_ranks_like_q_proj() -> None:
     for name in CONFIGS:
-        plan = converted_model(name).config.base_model_tp_plan
-        q_proj = "qkv_proj" if name == "phi3" else "q_proj"
-        assert plan["layers.*.self_attn.r_proj"] == plan[f"layers.*.self_attn.{q_proj}"]
-        assert "layers.*.self_attn.r_proj" not in CONFIGS[name].base_model_tp_plan
+        stock = stock_model(name)
+        # A config with a plan of its own, as some transformers make for tied embeddings.
+        stock.config.base_model_tp_plan = {**stock.config.base_model_tp_plan, "embed_tokens": "embedding_rowwise"}
+        for model, own in ((converted_model(name), False), (convert(stock), True)):
+            plan = model.config.base_model_tp_plan
+            q_proj = "qkv_proj" if name == "phi3" else "q_proj"
+            assert plan["layers.*.self_attn.r_proj"] == plan[f"layers.*.self_attn.{q_proj}"]
+            assert not own or "embed_tokens" in plan
+            assert "layers.*.self_attn.r_proj" not in CONFIGS[name].base_model_tp_plan
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -180,6 +180,8 @@ def change_config(old: Any, keep: bool) -> Any:
     for changed in (old, config):
         changed.__class__ = CONVERTED.get(type(changed), type(changed))
         vars(changed).pop("model_type", None)  # a loaded config also has the old name as an instance attribute
+        if plan := vars(changed).get("base_model_tp_plan"):  # some transformers 5 add tied embeddings to a copy
+            changed.base_model_tp_plan = plan | tp_plan_of_probes(plan)
     config._attn_implementation = NAME
     return config
 
