@@ -149,21 +149,32 @@ def test_the_citation_is_of_this_version(declared: Message) -> None:
     }
 
 
+def test_the_newest_release_in_the_changelog_is_this_version_on_the_citation_s_date(declared: Message) -> None:
+    """What came since has no version or date: it is under [Unreleased]."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: transformers brings it")
+    released = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["date-released"]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## \[(\d[^\]]*)\] - (.+)$", changelog, flags=re.MULTILINE)
+    assert versions[0] == (declared["Version"], released.isoformat())
+
+
 # behaviour
 
 
 def closure(requirements: Iterable[str], extra: str) -> Iterable[metadata.Distribution]:
-    """The installed distributions that the requirements, with those of an extra, pull in, recursively."""
-    result: dict[str, metadata.Distribution] = {}
-    waiting = [Requirement(line) for line in requirements]
-    for package in waiting:
-        if package.marker is not None and package.marker.evaluate({"extra": extra}):
-            package.marker = None
+    """The installed distributions that the requirements, with those of an extra, pull in, recursively.
+
+    They may ask for extras themselves: torch for those of cuda-toolkit.
+    """
+    result: dict[tuple[str, frozenset[str]], metadata.Distribution] = {}
+    waiting = [(Requirement(line), frozenset({extra})) for line in requirements]
     while waiting:
-        package = waiting.pop()
-        if package.name not in result and (package.marker is None or package.marker.evaluate({"extra": ""})):
-            result[package.name] = metadata.distribution(package.name)
-            waiting += map(Requirement, result[package.name].requires or [])
+        package, extras = waiting.pop()
+        needed = package.marker is None or any(package.marker.evaluate({"extra": name}) for name in {"", *extras})
+        key = (package.name, frozenset(package.extras))
+        if needed and key not in result:
+            result[key] = metadata.distribution(package.name)
+            waiting += [(Requirement(line), key[1]) for line in result[key].requires or []]
     return result.values()
 
 
