@@ -91,3 +91,4 @@ def fake_machine(monkeypatch: pytest.MonkeyPatch, *devices: FakeDevice) -> None:
     """Pretend that this machine has these GPUs, with `fake_h200`."""
     monkeypatch.setattr(FakeWorker, "machine", devices)
     monkeypatch.setattr(tuning, "visible_devices", lambda: max(1, len(devices)))
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)  # torch does not know these GPUs

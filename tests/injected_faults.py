@@ -41,7 +41,7 @@ time.sleep(1e6)
 {% endif %}
 
 @triton.jit("""
-SHORT_TIMEOUTS = {"COMPILE_TIMEOUT_S": "15.0", "MEASURE_TIMEOUT_S": "60.0", "CACHED_TIMEOUT_S": "15.0"}
+SHORT_TIMEOUTS = {"COMPILE_TIMEOUT_S": "30.0", "MEASURE_TIMEOUT_S": "60.0", "CACHED_TIMEOUT_S": "15.0"}
 
 
 def tune_with_faults(folder: Path) -> tuple[dict[str, Any], list[Result]]:

@@ -49,7 +49,9 @@ def numbers(text):
 def run_forking(script: str, *arguments: object) -> str:
     """The output of COMMON followed by a script."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", COMMON + script, *map(str, arguments)]
+    # Python 3.12 warns of forks beside threads, which importing numpy may start; the children only write.
+    quiet = ("-W", "ignore:This process:DeprecationWarning")
+    command = [sys.executable, *quiet, "-c", COMMON + script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

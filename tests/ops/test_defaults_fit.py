@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
 from aot_matrix import BUCKETS, CARDS, DECODED, DTYPES, HEAD_DIMS, PREFILLED, Row, jobs_of, specs_of, table
 from lowering import Job, needs
+from packaging.version import Version
 
 from parallax_gen.codegen.resources import Resources
 from parallax_gen.ops.forward import ForwardConfig
@@ -79,7 +81,9 @@ def test_amd_kernels_need_at_most_their_bound(tmp_path: Path) -> None:
         gpu = CARDS[draw.choice(("gfx942", "gfx950"))]
         spec = draw.choice(specs_of(draw.choice(("forward", "dkdv", "dqdr")), draw.choice(HEAD_DIMS), "bf16"))
         config = coerce(spec, {knob.name: draw.choice(knob.values) for knob in knobs_of(spec)})
-        if why_invalid(spec, config, gpu) is None:
+        # Before 3.9 Triton's pass for AMD's pointers fails at some tiles of q and r stacked. No default stacks there.
+        compiles = getattr(config, "QR_TILE", "") != "stacked" or Version(triton.__version__) >= Version("3.9")
+        if compiles and why_invalid(spec, config, gpu) is None:
             bucket = Bucket(64, 4096, 4096, 128 if spec.window else 0)
             jobs.append(Job(spec, config, gpu, representative(bucket, spec.group)))
     check(jobs, tmp_path)

@@ -188,6 +188,7 @@ def test_add_keeps_the_other_places(tmp_path: Path) -> None:
 
 def test_borrowed_kernels_are_checked_if_the_card_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = RecordTable([record(24, triton="2.0.0")])
+    monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: None)
     lock, (choice,) = lock_kernels(tmp_path / "a.lock", [(SPEC, SHAPE)], GPU, memory)
     assert (lock.kernels[PLACE].config, choice.checked) == (config(24), False)
 

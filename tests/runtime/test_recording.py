@@ -178,7 +178,8 @@ exec(sys.argv[1])
 def run(path: Path, code: str = "") -> subprocess.CompletedProcess[str]:
     root = Path(parallax_gen.__file__).parents[1]
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, code],
+        # Python 3.12 warns of forks beside threads, which importing torch starts.
+        [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", PROGRAM, code],
         env={**os.environ, "PARALLAX_GEN_RECORD": str(path)},
         cwd=root,
         capture_output=True,
