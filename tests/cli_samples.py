@@ -41,7 +41,7 @@ DKDV_PLACE = Place("h200", DKDV_SPEC, Bucket(16, 4096, 4096, 512))
 
 # Evidence that differs from today's: another kernel, or another toolchain.
 OTHER_KERNEL = {"kernel": "0" * 32, "text": "0" * 32}
-OTHER_TOOLCHAIN = {"triton": "3.5.1", "cuda": "12.8"}
+OTHER_TOOLCHAIN = {"triton": "3.4.1", "cuda": "12.4"}  # older than any that is supported
 NOTHING: Mapping[str, Any] = {}
 
 

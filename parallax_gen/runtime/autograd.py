@@ -148,7 +148,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, do: Tensor | None, *_: None, operator: Any = None) -> tuple[Tensor | None, ...]:
-    needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=False))
+    needs = dict(zip(INPUTS, ctx.needs_input_grad[: len(INPUTS)], strict=True))
     dqdr, dkdv = needs["q"] or needs["r"], needs["k"] or needs["v"]
     grads: dict[str, Tensor] = {}
     if do is not None:

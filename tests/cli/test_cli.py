@@ -370,11 +370,11 @@ def test_doctor_counts_places_by_tier(store: Store, monkeypatch: pytest.MonkeyPa
     counted = "kernels and sizes in your database and the shipped records; configs of calls come from"
     assert result == [
         f"a100: 1 {counted} this Triton: 1",
-        f"h200: 3 {counted} this Triton: 1, Triton 3.5 (not yet checked): 1, the default: 1",
+        f"h200: 3 {counted} this Triton: 1, Triton 3.4 (not yet checked): 1, the default: 1",
     ]
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: gpu_by_name("h100"))  # has no records
     result = [finding["text"] for finding in run_json("doctor")["findings"] if finding["check"] == "records"]
-    borrowed = "this Triton on h200 (not yet checked): 1, Triton 3.5 on h200 (not yet checked): 1"
+    borrowed = "this Triton on h200 (not yet checked): 1, Triton 3.4 on h200 (not yet checked): 1"
     assert result[1] == f"h100: 2 {counted} {borrowed}"
     monkeypatch.setattr("parallax_gen.codegen.device.gpu_here", lambda index: None)
     store.save(make_record(place=longer))
@@ -387,5 +387,5 @@ def test_doctor_counts_places_by_tier(store: Store, monkeypatch: pytest.MonkeyPa
     assert [(f["check"], f["status"]) for f in findings] == [("database", "broken"), ("records", "ok")]
     assert findings[1]["text"] == (
         "h200: 2 kernels and sizes in only the shipped records; configs of calls come from "
-        "Triton 3.5 (not yet checked): 1, the default: 1"
+        "Triton 3.4 (not yet checked): 1, the default: 1"
     )

@@ -71,7 +71,7 @@ def test_stats_count_everything(store: Store) -> None:
     toolchains = [(t["ops"], t["rows"], t["here"], t["newest"][:10]) for t in result["toolchains"]]
     assert toolchains == [(["dkdv", "decode"], 5, True, "2026-01-01"), (["decode"], 1, False, "2025-06-01")]
     here = Toolchain.here()
-    assert [(t["triton"], t["cuda"]) for t in result["toolchains"]] == [(here.triton, here.cuda), ("3.5.1", "12.8")]
+    assert [(t["triton"], t["cuda"]) for t in result["toolchains"]] == [(here.triton, here.cuda), ("3.4.1", "12.4")]
     assert [t["protocol"] for t in result["toolchains"]] == [1, 1]
 
 
@@ -97,7 +97,7 @@ def test_stats_as_a_table(store: Store) -> None:
     assert "decode     4  2 ok, 1 predicted, 1 wrong" in out
     here = f"Triton {Toolchain.here().triton}, ptxas {Toolchain.here().cuda} (this one)"
     assert here in " ".join(out.split())
-    assert out.index("(this one)") < out.index("Triton 3.5.1, ptxas 12.8\n")
+    assert out.index("(this one)") < out.index("Triton 3.4.1, ptxas 12.4\n")
 
 
 def test_stats_of_an_empty_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -155,10 +155,10 @@ def test_rows_from_before_fingerprints_are_imported(store: Store, tmp_path: Path
 def test_export_begins_with_the_newest_toolchain(store: Store) -> None:
     filled(store)
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
-    assert rows[-1]["evidence"]["triton"] == "3.5.1"
+    assert rows[-1]["evidence"]["triton"] == "3.4.1"
     store.save(make_record(260.0, evidence_changes=OTHER_TOOLCHAIN, splits=8, created_at="2026-05-01T00:00:00+00:00"))
     rows = [json.loads(line) for line in run("db", "export", "-").stdout.splitlines()]
-    assert [row["evidence"]["triton"] == "3.5.1" for row in rows] == [True, True] + [False] * 5
+    assert [row["evidence"]["triton"] == "3.4.1" for row in rows] == [True, True] + [False] * 5
 
 
 def test_export_with_filters(store: Store) -> None:

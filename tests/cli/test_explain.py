@@ -84,15 +84,15 @@ def test_explain_a_record_of_another_toolchain(store: Store) -> None:
     result = run_json("explain", *CALL)
     assert (result["from"], result["tier"]) == ("yours", "another toolchain")
     assert result["config"] == config_to_dict(config(3))
-    assert result["record"]["unlike_here"] == [f"triton 3.5 (here {TRITON_HERE})", f"cuda 12.8 (here {HERE.cuda})"]
+    assert result["record"]["unlike_here"] == [f"triton 3.4 (here {TRITON_HERE})", f"cuda 12.4 (here {HERE.cuda})"]
     text = run("explain", *CALL).stdout
     message = (
-        f"the fastest of 2 configs measured with Triton 3.5, ptxas 12.8; no usable record was measured with {HERE}:"
+        f"the fastest of 2 configs measured with Triton 3.4, ptxas 12.4; no usable record was measured with {HERE}:"
     )
     assert f"from    your record, {message}\n" in text
     assert "runners-up" in text
     assert "110.0 us" in text.partition("runners-up")[2]
-    assert text.endswith("measured, Triton 3.5\n")
+    assert text.endswith("measured, Triton 3.4\n")
     store.save(make_record(90.0, splits=6, evidence_changes={"triton": "3.4"}, created_at="2025-06-01T00:00:00+00:00"))
     assert f"from    your record, {message}\n" in run("explain", *CALL).stdout  # an older one's time is not compared
     store.save(make_record(300.0, splits=4))
@@ -210,7 +210,7 @@ def test_times_of_two_protocols_are_not_compared(store: Store) -> None:
         store.save(make_record(100.0 + splits, splits=splits, evidence_changes=evidence_changes, created_at=created_at))
     reason = run_json("explain", *CALL)["reason"]
     assert reason.startswith(
-        "the fastest of 2 configs measured with Triton 3.5, ptxas 12.8 by timing protocol 7 (today's is 1); "
+        "the fastest of 2 configs measured with Triton 3.4, ptxas 12.4 by timing protocol 7 (today's is 1); "
     )
     assert reason.endswith(f"; no usable record was measured with {HERE}")
 

@@ -107,7 +107,7 @@ def test_a_lock_that_cannot_be_used_is_replaced(path: Path) -> None:
 
 
 def test_lock_says_what_it_could_not_check(store: Store, path: Path) -> None:
-    store.save(make_record(evidence=evidence(PLACE, config(2), triton="3.5.1")))
+    store.save(make_record(evidence=evidence(PLACE, config(2), triton="3.4.1")))
     result = run("lock", "-o", path, *CALL)
     assert "configs written now: 1 another toolchain" in result.stdout
     assert result.stderr == "1 borrowed kernel was locked without a check for spills: lock on the card to check them\n"

@@ -96,13 +96,13 @@ def test_list_shows_the_record_that_a_call_gets(store: Store) -> None:
     store.save(make_record(50.0, place=longer, evidence_changes=OTHER_KERNEL))
     records = run_json("list", "--gpu", "h200")["records"]
     assert [(r["time_us"], r["place"]["gpu"], r["of_place"]["gpu"], r["counts_as"], r["used"]) for r in records] == [
-        (100.0, "h200", "h200", "Triton 3.5", False),
+        (100.0, "h200", "h200", "Triton 3.4", False),
         (200.0, "h100", "h200", "this Triton on h100", True),
         (50.0, "h200", "h200", "not used", False),
     ]
     assert [r["checked"] for r in records] == [False, False, True]
     table = run("list", "--gpu", "h200").stdout
-    assert "measured  Triton 3.5 (not yet checked)\n" in table
+    assert "measured  Triton 3.4 (not yet checked)\n" in table
     assert "measured  this Triton on h100 (not yet checked)\n" in table
     assert "measured  not used\n" in table
 
@@ -196,7 +196,7 @@ def test_show_says_how_each_result_differs_from_here(store: Store) -> None:
     store.save(make_record(130.0))
     store.save(make_record(140.0, place=SIBLING))
     lines = run("show", *CALL).stdout.splitlines()
-    assert lines[2].endswith(f"measured  triton 3.5 (here {TRITON_HERE}), cuda 12.8 (here {HERE.cuda})")
+    assert lines[2].endswith(f"measured  triton 3.4 (here {TRITON_HERE}), cuda 12.4 (here {HERE.cuda})")
     assert lines[3].endswith("measured  another kernel than today's")
     assert lines[4].endswith("  measured")
     assert len(run_json("show", *CALL)["results"]) == 3  # this card's

@@ -173,7 +173,7 @@ def test_failures_on_rank_0_prevent_borrowing_on_other_ranks() -> None:
     assert next(launch_candidates(DECODE, GPU, received(shared))).tier == Tier.DEFAULT
 
 
-@pytest.mark.parametrize(("name", "most"), [("h100", 0.55), ("h200", 0.45)])
+@pytest.mark.parametrize(("name", "most"), [("h100", 0.55), ("h200", 0.55)])
 def test_a_part_of_the_shipped_records_is_sent(name: str, most: float) -> None:
     """An H100 borrows: two candidates for each place and the default's time."""
     memory, card = Memory(), GPUS[name]

@@ -69,7 +69,7 @@ def test_another_toolchains_study_is_shown_if_this_one_has_none(store: Store) ->
     store.save(make_record(100.0, evidence_changes=OTHER_TOOLCHAIN))
     store.save(make_record(90.0, evidence_changes={"triton": "3.3"}, created_at="2025-01-01T00:00:00+00:00"))
     result = report(store)
-    differences = (f"triton 3.5 (here {minor(HERE.triton)})", f"cuda 12.8 (here {HERE.cuda})")
+    differences = (f"triton 3.4 (here {minor(HERE.triton)})", f"cuda 12.4 (here {HERE.cuda})")
     assert [(s.state, s.differences) for s in result.shown] == [("elsewhere", differences)]
     assert result.left_out == 1
     both = report(store, all_environments=True)
