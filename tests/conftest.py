@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
-import triton
 from gpu_arithmetic import use_in_interpreter
 from hypothesis import settings
 from interpreter_speed import leave_out_what_has_no_effect
@@ -19,7 +19,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 ON_A_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 # Before 3.7 Triton's interpreter takes arrays of one element for numbers, which numpy refuses since 2.4.
-INTERPRETER_FAILS = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")
+TRITON = Version(version("triton"))  # not imported: its own functions would be decorated before the variable is set
+INTERPRETER_FAILS = TRITON < Version("3.7") and Version(np.__version__) >= Version("2.4")
 
 # pytest-xdist's workers have it. Commands in pipes would fold what they print, as on a terminal.
 os.environ.pop("COLUMNS", None)
@@ -58,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "interpreter" in item.keywords and ON_A_GPU:
             item.add_marker(pytest.mark.skip(reason="a CUDA device is here: tests/gpu runs the same cases on it"))
         elif "interpreter" in item.keywords and INTERPRETER_FAILS:
-            reason = f"the interpreter of Triton {triton.__version__} needs numpy below 2.4: pip install 'numpy<2.4'"
+            reason = f"the interpreter of Triton {TRITON} needs numpy below 2.4: pip install 'numpy<2.4'"
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -92,7 +92,7 @@ class DkDvOp(GradientOp[DkDvConfig]):
 
         But at least as many as have tiles for about a wave of two programs per multiprocessor, and up to 4 if their
         tiles are at most two waves: launching the longest tiles first does not balance the load of fewer. On an H200
-        16 heads in place of 8 took 0.71 to 1.00 of the time with 1024 tokens, 8 in place of 4 took 0.61 to 1.00 with
+        16 heads in place of 8 took 0.71 to 1.00 of the time with 1024 tokens, 8 in place of 4 took 0.69 to 1.01 with
         2048, and 4 in place of 1 or 2 took 0.85 to 1.06 with GQA 4:1 and 4096 or 8192, but 1.04 with head_dim 256.
         """
         head_bytes = 3 * shape.seqlen_q * shape.group * spec.head_dim * spec.bytes_per_element
