@@ -30,7 +30,7 @@ CASES = {
     "forward, window": (replace(CAUSAL, window=True), replace(FORWARD, SOFTMAX="fixed_reference")),
     "forward, full, GQA": (KernelSpec("forward", 64, "fp16", group=2), FORWARD),
     "forward, chunked": (replace(CAUSAL, head_dim=96), replace(FORWARD, HEAD_DIM_LAYOUT="chunked")),
-    "forward, padded": (replace(CAUSAL, head_dim=80), replace(FORWARD, HEAD_DIM_LAYOUT="padded")),
+    "forward, padded": (replace(CAUSAL, head_dim=72), replace(FORWARD, HEAD_DIM_LAYOUT="padded")),
     "forward, split": (replace(CAUSAL, head_dim=256), replace(FORWARD, HEAD_DIM_LAYOUT="split")),
     "dkdv": (KernelSpec("dkdv", 64, "bf16", causal=True), replace(DKDV, ROW_STATS="fused")),
     "dkdv, stacked": (KernelSpec("dkdv", 64, "bf16", causal=True), replace(DKDV, QR_TILE="stacked")),

@@ -64,7 +64,7 @@ class Store:
         self.read_only = read_only
         self._unreadable: set[tuple[object, ...]] = set()
         self._turn = RLock()  # sqlite3 keeps statements: threads that execute the same one would share its rows
-        with self._as_store_error(), ExitStack() as undo:
+        with self._access(), ExitStack() as undo:
             if not read_only:
                 with tune_extra(f"writing the tuning database {self.path}", StoreError):
                     from sqlite_utils import Database
@@ -137,7 +137,7 @@ class Store:
 
     def results(self, place: Place) -> list[Result]:
         """All results of a place, of any kernel and toolchain: the measured ones first, from fast to slow."""
-        with self._as_store_error():
+        with self._access():
             results = self._results_of_old_schema(place) if self._has_old_schema() else self._of_place(place, self._db)
             return sorted(results, key=reading_order)
 
@@ -145,32 +145,32 @@ class Store:
         """Every row, or those of a GPU or an op, sorted by place and then from fast to slow."""
         conditions = {name: value for name, value in (("gpu", gpu), ("op", op)) if value is not None}
         where = " and ".join(f"{name} = :{name}" for name in conditions) or "true"
-        with self._as_store_error():
+        with self._access():
             return sorted(self._select(where, conditions), key=reading_order)
 
     def fastest(self, gpu: str, op: str) -> list[Result]:
         """The fastest measured result of each place of a GPU and an op, in any order. Parses only these rows."""
         query = "SELECT *, min(time_us) FROM measurements WHERE gpu = ? AND op = ? AND outcome = ? GROUP BY place_json"
-        with self._as_store_error():
+        with self._access():
             rows = _rows(self._tables, query, (gpu, op, Outcome.OK.value)) if self._version() else ()
             return list(self._parsed(rows))
 
     @property
     def schema(self) -> int:
         """The schema version: the number of the last migration, 0 for a database that does not exist yet."""
-        with self._as_store_error():
+        with self._access():
             return self._version(self._tables)
 
     def problems(self) -> list[str]:
         """The problems of the file, one sentence each. Raises StoreError if it is too damaged to be read."""
-        with self._as_store_error():
+        with self._access():
             lines = [row[0] for row in self._db.execute("PRAGMA integrity_check(20)")]
         return [f"integrity: {line}" for line in lines if line != "ok"] + self.unreadable_rows()
 
     def unreadable_rows(self) -> list[str]:
         """One message (row, reason) for each row that is skipped because it does not parse."""
         problems: list[str] = []
-        with self._as_store_error():
+        with self._access():
             if not self._version():
                 return problems
             for row in _rows(self._tables, "SELECT rowid AS number, * FROM results"):
@@ -188,7 +188,7 @@ class Store:
         The order is that of the numbers `Result.trial`. Rows without one come first, in the order in which they were
         stored: that of their trials, unless they were imported. A config that is timed again keeps its position.
         """
-        with self._as_store_error():
+        with self._access():
             return sorted(self._select("true ORDER BY rowid"), key=lambda result: result.trial or 0)
 
     def _prepare_to_write(self) -> None:
@@ -286,8 +286,8 @@ class Store:
         return version
 
     @contextmanager
-    def _as_store_error(self) -> Iterator[None]:
-        """Turn errors of SQLite and the file system into a StoreError that names the file; threads take turns."""
+    def _access(self) -> Iterator[None]:
+        """One thread at a time uses the database; errors of SQLite and the file system become a StoreError."""
         try:
             with self._turn:
                 yield
@@ -307,7 +307,7 @@ class Store:
     def _writing(self) -> Iterator[None]:
         if self.read_only:
             raise StoreError(f"{self.path} was opened read-only: it cannot be changed")
-        with self._as_store_error(), _transaction(self._db):
+        with self._access(), _transaction(self._db):
             yield
 
     def _stored(self, result: Result) -> Result | None:

@@ -52,7 +52,8 @@ class CompileProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if not self._bar.disable:  # stopped, a disabled bar prints an empty line before rich 14.3
+            self._bar.stop()
 
     def advance(self) -> None:
         self._bar.advance(self._task)

@@ -350,5 +350,6 @@ dist.barrier()
 
 def test_the_ranks_of_a_job_share_a_store(tmp_path: Path) -> None:
     ranks = [start_python("-c", RANK, tmp_path / "ranks", rank) for rank in (0, 1)]
-    printed = [process.communicate(timeout=60)[0].splitlines() for process in ranks]
-    assert [lines[-1] for lines in printed] == ["0 b'text'", "1 b'text'"]  # some torch prints of gloo before
+    printed = [process.communicate(timeout=60)[0].splitlines(keepends=True) for process in ranks]
+    ours = [[line for line in lines if not line.startswith("[Gloo]")] for lines in printed]  # torch 2.9 prints such
+    assert ours == [["0 b'text'\n"], ["1 b'text'\n"]]

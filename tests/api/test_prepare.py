@@ -161,8 +161,7 @@ def test_the_progress_is_one_line_without_a_terminal(
     compiled: list[KernelInstance], capsys: pytest.CaptureFixture[str]
 ) -> None:
     parallax_gen.prepare(kernels=[KERNEL, FORWARD], gpu="h200")
-    out, err = capsys.readouterr()
-    assert (out, err.rstrip()) == ("", "compiling 2 kernels")
+    assert capsys.readouterr() == ("", "compiling 2 kernels\n")
 
 
 def test_later_calls_find_the_programs_in_tritons_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

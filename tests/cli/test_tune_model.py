@@ -167,10 +167,8 @@ def test_it_asks_above_ten_minutes(fake_h200: None, store: Store, model: Path, m
     refused = asking("--model", model, *LONG, answer="n\n", monkeypatch=monkeypatch)
     assert refused.exit_code == 1
     assert "4 jobs on 1 device: 14 min at most" in refused.stderr
-    # Whether the answer is shown in between depends on click.
-    assert re.search(
-        r"Begin\? \[Y/n\]:.*error: not confirmed, so nothing was done$", refused.stderr.rstrip(), re.DOTALL
-    )
+    end = r"Begin\? \[Y/n\]:( n\n)?error: not confirmed, so nothing was done$"  # click 8.3 shows no answer
+    assert re.search(end, refused.stderr.rstrip())
     assert store.all() == []
     agreed = asking("--model", model, *LONG, answer="\n", monkeypatch=monkeypatch)
     assert agreed.exit_code == 0

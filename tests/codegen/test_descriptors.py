@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import strategies
 import torch
+import triton
 from descriptor_cases import CASES, assert_same, inputs_of, outputs
+from packaging.version import Version
 
 # For a row without keys the kernels divide by zero and take log2(0). The GPU is silent, the interpreter warns.
 pytestmark = [
@@ -20,6 +22,8 @@ pytestmark = [
 @pytest.mark.parametrize("name", CASES)
 def test_descriptors_load_what_pointers_load(name: str) -> None:
     spec, config = CASES[name]
+    if spec.head_dim % 16 and Version(triton.__version__) < Version("3.6"):
+        pytest.skip("the interpreter of Triton 3.5 checks strides of elements as if they were bytes")
     assert_same(spec, config, inputs_of(spec))
 
 

@@ -42,7 +42,6 @@ KERNELS = {
 
 GRADIENTS = ("dkdv", "dqdr")
 CASES = [(kernel, dtype, spread) for kernel in KERNELS for dtype in ("bf16", "fp32") for spread in (0.5, 3.0)]
-CASES = [case for case in CASES if case[0] not in GRADIENTS or case[1:] != ("bf16", 3.0)]
 CASES += [(kernel, "bf16", 1.5) for kernel in GRADIENTS]
 CASES = [case for case in CASES if case[:2] != ("eight bits", "fp32")]
 CASES += [(kernel, dtype, 3.0) for kernel in ("forward", "decode") for dtype in ("fp16", "tf32")]
@@ -54,9 +53,8 @@ def test_scores_up_to_many_times_the_cap(
 ) -> None:
     """spread: the standard deviation of scores before the cap, relative to it.
 
-    In bf16 gradients are checked up to 1.5. Beyond, the softmax's weight is on keys whose scores are near the cap,
-    where the slope 1 - z^2 is small and tanh.approx's error of up to 2^-11 is percents of it: at 3 they are off by 0.8
-    to 1.8 % here, by the draw.
+    At 3 the softmax's weight is on keys whose scores are near the cap, where the slope 1 - z^2 is small and
+    tanh.approx's error of up to 2^-11 is percents of it: in bf16 gradients are off by 0.8 to 1.7 %, by the draw.
     """
     unscaled = inputs.random_inputs
 
@@ -70,4 +68,8 @@ def test_scores_up_to_many_times_the_cap(
     config = default_config(spec, shape, GPUS["h200"])
     x = inputs.random_inputs_of(spec, shape, seed=1, device="cpu", full=True)
     source = render(spec, config, GPUS["h200"])
-    assert verify.launch_and_check(source, spec, config, x, verify.oracle(spec, x)).wrong is None
+    verdict = verify.launch_and_check(source, spec, config, x, verify.oracle(spec, x))
+    if kernel in GRADIENTS and (dtype, spread) == ("bf16", 3.0):
+        assert verdict.error < 0.02
+    else:
+        assert verdict.wrong is None

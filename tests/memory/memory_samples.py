@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
+from typing import Any
 
 from parallax_gen.memory.place import Place
 from parallax_gen.memory.result import Evidence, Result
@@ -20,6 +23,9 @@ OTHER_GPU = dataclasses.replace(PLACE, gpu="h100")
 OTHER_TRITON = dataclasses.replace(EVIDENCE, triton="3.6.0")
 OTHER_KERNEL = dataclasses.replace(EVIDENCE, kernel="f" * 32, text="e" * 32)
 
+# Of child processes: it lets them import what the tests can.
+CHILD_ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
 
 def config(block_n: int = 64) -> ForwardConfig:
     return ForwardConfig(BLOCK_M=128, BLOCK_N=block_n, GROUP_HEADS=0, num_warps=8, num_stages=3)
@@ -34,3 +40,8 @@ def result(
     values: dict[str, object] = {"place": PLACE, "evidence": EVIDENCE, "config": config(block_n)}
     values |= {"time_us": timed, "created_at": created_at}
     return Result(outcome=outcome, **(values | fields))  # type: ignore[arg-type]
+
+
+def best_of(memory: Any) -> Result | None:
+    """The fastest measured result of PLACE in a Store or a Memory."""
+    return next((r for r in memory.results(PLACE) if r.measured), None)

@@ -27,6 +27,7 @@ from parallax_gen.memory.ranking import (
 from parallax_gen.memory.result import Result, reading_order
 from parallax_gen.memory.sharing import places_served, records_to_share
 from parallax_gen.memory.shipped import Memory
+from parallax_gen.memory.toolchain import Toolchain, minor
 from parallax_gen.ops.base import KernelConfig
 from parallax_gen.ops.decode import DecodeConfig
 from parallax_gen.ops.forward import ForwardConfig
@@ -39,6 +40,7 @@ GPU = GPUS["h200"]
 FORWARD = Place("h200", KernelSpec("forward", 128, "bf16", causal=True), Bucket(8, 4096, 4096))
 DECODE = Place("h200", KernelSpec("decode", 128, "bf16", group=4), Bucket(16, 1, 4096))
 OLD = {"triton": "2.0.0", "cuda": "11.0"}
+MOST_ARE_OF_THIS_TRITON = minor(Toolchain.here().triton) == "3.9"  # of the shipped records
 
 
 class InMemory(Memory):
@@ -173,9 +175,9 @@ def test_failures_on_rank_0_prevent_borrowing_on_other_ranks() -> None:
     assert next(launch_candidates(DECODE, GPU, received(shared))).tier == Tier.DEFAULT
 
 
-@pytest.mark.parametrize(("name", "most"), [("h100", 0.55), ("h200", 0.55)])
+@pytest.mark.parametrize(("name", "most"), [("h100", 0.55), ("h200", 0.35 if MOST_ARE_OF_THIS_TRITON else 0.55)])
 def test_a_part_of_the_shipped_records_is_sent(name: str, most: float) -> None:
-    """An H100 borrows: two candidates for each place and the default's time."""
+    """Who borrows gets two candidates for each place and the default's time: an H100, and an H200's other Triton."""
     memory, card = Memory(), GPUS[name]
     shared = records_to_share(memory, card)
     table = received(shared)

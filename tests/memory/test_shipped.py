@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, config, result
+from memory_samples import OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, best_of, config, result
 
 from parallax_gen.errors import ArgumentError, StoreError
 from parallax_gen.files import data_dir
-from parallax_gen.memory.result import Result, reading_order
+from parallax_gen.memory.result import reading_order
 from parallax_gen.memory.shipped import Memory, load_shipped, write_shipped
 from parallax_gen.memory.store import Store
 from parallax_gen.ops.space import why_invalid
@@ -122,10 +122,6 @@ def test_the_shipped_files_are_valid() -> None:
 
 
 # Merged with the user's records
-
-
-def best_of(memory: Memory) -> Result | None:
-    return next((r for r in memory.results(PLACE) if r.measured), None)
 
 
 def test_the_fastest_record_counts_with_the_users_time_of_a_config(store: Store, tmp_path: Path) -> None:

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-from forked import start as start_forked
-from memory_samples import EVIDENCE, OTHER_BUCKET, OTHER_GPU, OTHER_KERNEL, OTHER_TRITON, PLACE, SHAPE, config, result
+from memory_samples import (
+    CHILD_ENVIRONMENT,
+    EVIDENCE,
+    OTHER_BUCKET,
+    OTHER_GPU,
+    OTHER_KERNEL,
+    OTHER_TRITON,
+    PLACE,
+    SHAPE,
+    best_of,
+    config,
+    result,
+)
 
 from parallax_gen.errors import ParallaxGenError, StoreError
 from parallax_gen.files import data_dir
 from parallax_gen.memory.lines import read_file, write_lines
-from parallax_gen.memory.result import Outcome, Result
+from parallax_gen.memory.result import Outcome
 from parallax_gen.memory.store import Store, default_path
 from parallax_gen.ops.decode import DecodeConfig
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "made" / "on the way" / "tuning?.db"  # characters that a URI must quote
-
-
-@pytest.fixture
-def store(path: Path) -> Iterator[Store]:
-    with Store(path) as store:
-        yield store
-
 
 # Stored rows
 
@@ -56,10 +50,6 @@ def test_a_result_round_trips(store: Store, outcome: str) -> None:
 def test_an_infinite_error_is_kept(store: Store) -> None:
     store.save(result("wrong", error=float("inf")))
     assert [r.error for r in store.results(PLACE)] == [float("inf")]
-
-
-def best_of(store: Store) -> Result | None:
-    return next((r for r in store.results(PLACE) if r.measured), None)
 
 
 def test_results_of_a_place_include_all_kernels_and_toolchains_measured_first(store: Store) -> None:
@@ -279,35 +269,6 @@ def test_read_only(path: Path) -> None:
             reader.save(result())
 
 
-def test_any_thread_may_read(store: Store, path: Path) -> None:
-    for n in range(50):
-        store.save(result(block_n=n))
-    with Store(path, read_only=True) as reader, ThreadPoolExecutor(4) as threads:
-        actual = list(threads.map(lambda _: len(reader.results(PLACE)), range(40)))
-        assert actual == [50] * 40
-        with pytest.raises(sqlite3.ProgrammingError, match="thread"):
-            threads.submit(store.results, PLACE).result()
-
-
-def test_threads_that_read_take_turns(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they did not, one thread got the rows of another's statement, rarely, on a machine with many cores."""
-    store.save(result())
-    version, reading, most = Store._version, list[int](), 0
-
-    def slow_version(*arguments: Any) -> int:
-        nonlocal most
-        reading.append(1)
-        most = max(most, len(reading))
-        time.sleep(0.01)
-        reading.pop()
-        return version(*arguments)
-
-    with Store(path, read_only=True) as reader, ThreadPoolExecutor(4) as threads:
-        monkeypatch.setattr(Store, "_version", slow_version)
-        assert list(threads.map(lambda _: len(reader.results(PLACE)), range(8))) == [1] * 8
-    assert most == 1
-
-
 def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
     path = tmp_path / "tuning.db"
     path.touch()
@@ -395,60 +356,6 @@ def test_data_dir() -> None:
     assert (data_dir("tuning_db") / "migrations" / "0001_results.sql").is_file()
     with pytest.raises(ParallaxGenError, match="nowhere"):
         data_dir("nowhere")
-
-
-# Concurrent processes
-
-CHILD_ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-
-def record_many(paths: list[Path], start: object, process: int) -> None:
-    for path in paths:
-        start.wait()  # type: ignore[attr-defined]
-        with Store(path) as store:
-            for n in range(25):
-                store.save(result(block_n=100 * process + n))
-
-
-def test_eight_processes_create_and_fill_one_database(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{n}.db" for n in range(4)]  # several rounds, since a race does not show every time
-    start = multiprocessing.get_context("forkserver").Barrier(8, timeout=60)
-    processes = [start_forked(record_many, paths, start, n) for n in range(8)]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 8
-    for path in paths:
-        with Store(path) as store:
-            assert {r.config for r in store.results(PLACE)} == {
-                config(100 * p + n) for p in range(8) for n in range(25)
-            }
-
-
-RECORD_FOREVER = """
-import itertools, pathlib, sys
-from memory_samples import result
-from parallax_gen.memory.store import Store
-with Store(pathlib.Path(sys.argv[1])) as store:
-    for n in itertools.count():
-        store.save(result(block_n=n))
-        print(n, flush=True)
-"""
-
-
-def test_recorded_rows_survive_a_kill(path: Path) -> None:
-    command = [sys.executable, "-c", RECORD_FOREVER, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=CHILD_ENVIRONMENT) as child:
-        assert child.stdout is not None
-        printed = [child.stdout.readline() for _ in range(40)]
-        os.kill(child.pid, signal.SIGKILL)
-        printed += child.stdout.readlines()
-    recorded = {config(int(line)) for line in printed if line.endswith("\n")}
-    assert len(recorded) >= 40
-    with Store(path, read_only=True) as reader:
-        assert recorded <= {r.config for r in reader.all()}
-    with Store(path) as store:
-        store.save(result(time_us=1.0, block_n=1))
-        assert best_of(store) == result(time_us=1.0, block_n=1)
 
 
 def test_the_memory_subpackage_imports_no_gpu_library() -> None:
